@@ -1,0 +1,35 @@
+"""Errors that are meant for the person at the terminal.
+
+The command line prints the message alone (no traceback). A message says what is wrong, where (file and
+line if there is one) and what to do about it.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class RecalignError(Exception):
+    """Base of the errors whose message is all that a user needs to see."""
+
+    exit_status = 1
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        # gin appends "In call to configurable ..." to str(error); this is the message without that.
+        self.message = message
+
+
+class InputError(RecalignError):
+    """Bad input: a file, a flag, a gin binding or a name. Exit status 2."""
+
+    exit_status = 2
+
+
+class RunError(RecalignError):
+    """A run that started well and failed. Exit status 1."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns ` Did you mean 'x'?` for the known name nearest to `name`, or an empty string."""
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""

@@ -1,0 +1,69 @@
+"""Writing that leaves nothing half-written: write aside, then rename."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+
+def _sync(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """Yields a path beside `path` to write to; it takes the name `path` when the block ends well.
+
+    On an exception the file beside it is removed and what stood at `path` stays as it was.
+    """
+    target = pathlib.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(descriptor)
+    aside = pathlib.Path(name)
+    try:
+        yield aside
+        _sync(aside)
+        aside.chmod(0o644)
+        os.replace(aside, target)
+        _sync(target.parent)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """Yields an empty directory beside `path`; it replaces `path` when the block ends well.
+
+    A directory that already stands at `path` is moved aside, replaced, and then deleted, so that there is
+    no moment at which a reader finds half of either.
+    """
+    target = pathlib.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        aside.chmod(0o755)
+        yield aside
+        old = None
+        if target.exists():
+            old = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            os.rename(target, old / target.name)
+        try:
+            os.rename(aside, target)
+        except BaseException:
+            if old is not None:
+                os.rename(old / target.name, target)
+            raise
+        _sync(target.parent)
+        if old is not None:
+            shutil.rmtree(old)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
