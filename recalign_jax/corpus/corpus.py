@@ -1,0 +1,184 @@
+"""A prepared corpus, as every other room sees it: sequences of item numbers, and the text of the items."""
+
+import functools
+import os
+import pathlib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from recalign_jax import errors
+from recalign_jax.corpus import datasets, holdout, storage
+from recalign_jax.corpus.records import ItemText
+
+# A task is named CORPUS_TASK[_FORMAT], so no name of a corpus may end like one.
+_RESERVED_SUFFIXES = (
+    *("_retrieval", "_ranking", "_rating", "_mim", "_mlm", "_bpr", "_aligned", "_all"),
+    *("_title", "_id", "_token", "_semantic_id", "_random"),
+)
+VOCABULARIES = "vocabularies"  # a folder of the data directory that isn't a corpus
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Users are 0 to U - 1 and items 0 to I - 1, numbered at random. Arrays are memory-mapped and read-only.
+
+    Attributes:
+      name: also the first part of the names of its tasks.
+      directory: where it lies.
+      metadata: `corpus.json`: sources, options, counts.
+      fingerprint: equal for two corpora with the same arrays, item ids and item text.
+      num_items: I.
+      user_offsets: int64 [U + 1]; user u has the interactions `user_offsets[u]:user_offsets[u + 1]`.
+      items: int32 [N], in time order within a user.
+      timestamps: int64 [N], in the unit of the source.
+      ratings: float32 [N], or None if the corpus has none.
+    """
+
+    name: str
+    directory: pathlib.Path
+    metadata: dict[str, Any]
+    fingerprint: str
+    num_items: int
+    user_offsets: np.ndarray
+    items: np.ndarray
+    timestamps: np.ndarray
+    ratings: np.ndarray | None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles as the directory: worker processes map the same files instead of copying the arrays."""
+        return read_corpus, (self.directory,)
+
+    @property
+    def num_users(self) -> int:
+        return len(self.user_offsets) - 1
+
+    @property
+    def num_interactions(self) -> int:
+        return len(self.items)
+
+    def sequence(self, user: int) -> np.ndarray:
+        """Returns all items of a user, oldest first: int32 view."""
+        return self.items[self.user_offsets[user] : self.user_offsets[user + 1]]
+
+    def training_sequence(self, user: int) -> np.ndarray:
+        """Returns the items of a user that are for training, oldest first: int32 view."""
+        start = self.user_offsets[user]
+        return self.items[start : start + self.training_lengths[user]]
+
+    def history(self, user: int, split: str) -> np.ndarray:
+        """Returns the items before the target of "validation" or "test", oldest first: int32 view."""
+        start, end = self.user_offsets[user], self.user_offsets[user + 1]
+        return self.items[start : start + holdout.target_positions(end - start, split)]
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """Number of interactions of each user: int64 [U]."""
+        return np.diff(self.user_offsets)
+
+    @functools.cached_property
+    def training_lengths(self) -> np.ndarray:
+        """Number of interactions of each user that are for training, from the oldest on: int64 [U]."""
+        return holdout.training_lengths(self.lengths)
+
+    @functools.cached_property
+    def evaluation_users(self) -> np.ndarray:
+        """The users who have a validation and a test target: int64 [E], ascending."""
+        return np.flatnonzero(self.lengths >= holdout.MIN_INTERACTIONS)
+
+    def targets(self, split: str) -> np.ndarray:
+        """Returns the target of "validation" or "test" for each of `evaluation_users`: int32 [E]."""
+        users = self.evaluation_users
+        return self.items[self.user_offsets[users] + holdout.target_positions(self.lengths[users], split)]
+
+    @functools.cached_property
+    def training_popularity(self) -> np.ndarray:
+        """How often each item occurs in the training parts of all users: int64 [I]."""
+        position = np.arange(self.num_interactions) - np.repeat(self.user_offsets[:-1], self.lengths)
+        in_training = position < np.repeat(self.training_lengths, self.lengths)
+        return np.bincount(self.items[in_training], minlength=self.num_items)
+
+    @functools.cached_property
+    def _item_records(self) -> tuple[list[str], list[ItemText]]:
+        return datasets.read_items(self.directory)
+
+    @functools.cached_property
+    def _user_ids(self) -> list[str]:
+        return datasets.read_user_ids(self.directory)
+
+    def item_text(self, item: int) -> ItemText:
+        """Returns the text of an item. The first call reads the text of all items."""
+        return self._item_records[1][item]
+
+    def item_source_id(self, item: int) -> str:
+        """Returns the id that the source has for an item."""
+        return self._item_records[0][item]
+
+    def user_source_id(self, user: int) -> str:
+        """Returns the id that the source has for a user. The first call reads the ids of all users."""
+        return self._user_ids[user]
+
+
+def load_corpus(name: str, data_dir: str | os.PathLike[str] | None = None) -> Corpus:
+    """Opens the corpus DATA_DIR/NAME. Raises InputError if it isn't there or cannot be read.
+
+    Args:
+      name: of the corpus.
+      data_dir: see `data_dir_or_default`.
+    """
+    root = data_dir_or_default(data_dir)
+    known = corpora(root)
+    if name not in known:
+        raise errors.InputError(
+            f"No corpus {name!r} in {root}. Prepared there: {', '.join(known) or 'none'}."
+            f"{errors.did_you_mean(name, known)} Build one with `recalign prepare`."
+        )
+    return read_corpus(root / name)
+
+
+def read_corpus(directory: str | os.PathLike[str]) -> Corpus:
+    """Opens the corpus that lies in a directory. Raises InputError if it cannot be read."""
+    directory = pathlib.Path(directory)
+    metadata = storage.read_metadata(directory)
+    rated = (directory / "arrays" / "ratings.npy").is_file()
+    corpus = Corpus(
+        name=metadata["name"],
+        directory=directory,
+        metadata=metadata,
+        fingerprint=metadata["fingerprint"],
+        num_items=metadata["counts"]["items"],
+        user_offsets=storage.read_array(directory, "user_offsets"),
+        items=storage.read_array(directory, "items"),
+        timestamps=storage.read_array(directory, "timestamps"),
+        ratings=storage.read_array(directory, "ratings") if rated else None,
+    )
+    lengths = {len(array) for array in (corpus.items, corpus.timestamps, corpus.ratings) if array is not None}
+    if lengths != {int(corpus.user_offsets[-1])}:
+        raise errors.InputError(f"The arrays of {directory} do not belong together. Prepare the corpus again.")
+    return corpus
+
+
+def corpora(data_dir: pathlib.Path) -> list[str]:
+    """Returns the names of the corpora in a data directory, sorted."""
+    return sorted(path.parent.name for path in data_dir.glob("[a-z0-9_]*/corpus.json"))
+
+
+def check_name(name: str) -> str:
+    """Returns the name of a corpus, or raises InputError if it cannot be one."""
+    if not re.fullmatch(r"[a-z0-9_]+", name):
+        raise errors.InputError(f"{name!r} cannot be a corpus: use small letters, digits and underscores.")
+    if name == VOCABULARIES:
+        raise errors.InputError(f"{name!r} cannot be a corpus: the data directory keeps vocabularies there.")
+    for suffix in _RESERVED_SUFFIXES:
+        if name.endswith(suffix):
+            raise errors.InputError(
+                f"{name!r} cannot be a corpus: tasks are named CORPUS_TASK, so no corpus may end in {suffix!r}."
+            )
+    return name
+
+
+def data_dir_or_default(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
+    """Returns the directory that holds the corpora: the argument, $RECALIGN_DATA_DIR or ~/recalign_data."""
+    return pathlib.Path(data_dir or os.environ.get("RECALIGN_DATA_DIR") or "~/recalign_data").expanduser()

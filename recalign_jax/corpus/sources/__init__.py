@@ -1,0 +1,1 @@
+"""One file a raw format; each opens a folder as the same `records.Source`."""

@@ -1,0 +1,54 @@
+"""Corpora for the tests, made by the same command that a user types."""
+
+import argparse
+import atexit
+import functools
+import json
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+from recalign_jax.commands import prepare
+from recalign_jax.corpus.corpus import Corpus, load_corpus
+from tests.shared_data import shared
+
+
+def call(command: ModuleType, data_dir: pathlib.Path, *flags: str) -> dict[str, Any]:
+    """Runs a command module as the command line does and returns its JSON object."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data_dir")
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(["--data_dir", str(data_dir), *flags]))
+
+
+def prepared(source: str, folder: pathlib.Path, data_dir: pathlib.Path, name: str, *flags: str) -> Corpus:
+    """Prepares a corpus and opens it."""
+    call(prepare, data_dir, "--source", source, "--input", str(folder), "--corpus", name, *flags)
+    return load_corpus(name, data_dir)
+
+
+@functools.cache
+def shared_corpus(name: str) -> Corpus:
+    """Returns the corpus of `../shared/data/NAME`, prepared once a test process; skips where it is not here.
+
+    Other tests read it too: copy its directory before changing anything.
+    """
+    folder = shared(f"data/{name}")
+    data_dir = pathlib.Path(tempfile.mkdtemp(prefix="recalign_corpora_"))
+    atexit.register(shutil.rmtree, data_dir, ignore_errors=True)
+    return prepared("movielens" if name == "movielens_100k" else "tables", folder, data_dir, name)
+
+
+def write_tables(
+    folder: pathlib.Path, interactions: Sequence[Sequence[object]], items: Sequence[Mapping[str, object]] = ()
+) -> pathlib.Path:
+    """Writes rows (user, item, timestamp[, rating]) and items as tables; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    header = ["user_id", "item_id", "timestamp", "rating"][: len(interactions[0]) if interactions else 3]
+    lines = ["\t".join(map(str, row)) for row in [header, *interactions]]
+    (folder / "interactions.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+    return folder

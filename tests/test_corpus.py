@@ -1,0 +1,441 @@
+"""The corpus: published statistics, k-core, order and hold-out against brute force, storage, atomicity."""
+
+import json
+import math
+import pathlib
+import pickle
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recalign_jax.commands import inspect, prepare
+from recalign_jax.corpus import build, corpus, holdout
+from recalign_jax.corpus.records import Interaction
+from recalign_jax.errors import InputError
+from tests.corpora import call, prepared, shared_corpus, write_tables
+
+ROWS = [
+    *[("ann", item, time, 4) for item, time in (("x", 3), ("y", 1), ("z", 2), ("w", 9))],
+    *[("bob", item, time, 2.5) for item, time in (("x", 5), ("y", 5), ("z", 5))],
+    *[("cem", item, time, 1) for item, time in (("w", 1), ("x", 2))],
+]
+ITEMS = [
+    {"item_id": "x", "title": " Sponge &amp; \t cloth\x00 ", "categories": ["Home", "Bath"], "brand": "L&#39;Or"},
+    {"item_id": "y", "title": "Sponge & cloth", "price": 14.96, "description": "Soft.", "weight": 3},
+    {"item_id": "v", "title": "Never bought"},
+]
+
+
+@pytest.fixture
+def beauty():
+    return shared_corpus("amazon_beauty")
+
+
+@pytest.fixture
+def small(tmp_path):
+    return prepared("tables", write_tables(tmp_path / "raw", ROWS, ITEMS), tmp_path, "small")
+
+
+def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# Published statistics.
+
+
+def test_beauty_has_the_published_statistics(beauty):
+    numbers = inspect.statistics(beauty)
+    expected = {"users": 22_363, "items": 12_101, "interactions": 198_502, "untitled_items": 7, "shared_titles": 55}
+    assert {key: numbers[key] for key in expected} == expected
+    assert numbers["sequence_length"] == {"min": 5, "median": 6, "mean": pytest.approx(198_502 / 22_363), "max": 204}
+    assert numbers["users_train_only"] == numbers["items_never_met"] == numbers["tied_test_items"] == 0
+    assert round(100 * numbers["unseen_test_items"], 1) == 0.6
+    # Every prefix of a training part is a pair (history, next item).
+    assert int((beauty.training_lengths - 1).sum()) == 131_413
+
+
+def test_beauty_is_a_five_core(beauty):
+    users = np.repeat(np.arange(beauty.num_users), beauty.lengths)
+    assert build.k_core(users, beauty.items, 5).all()
+    assert not build.k_core(users, beauty.items, 6).all()
+
+
+def test_popularity_recall_is_the_known_floor(beauty):
+    top = np.argsort(-beauty.training_popularity, kind="stable")[:10]
+    assert float(np.isin(beauty.targets("test"), top).mean()) == pytest.approx(0.0114, abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("amazon_toys", {"users": 19_412, "items": 11_924, "interactions": 167_597, "untitled_items": 59}),
+        ("amazon_beauty_timed", {"users": 22_125, "items": 12_101}),
+        ("movielens_100k", {"users": 943, "items": 1_682, "interactions": 100_000, "untitled_items": 1}),
+    ],
+)
+def test_published_statistics(name, expected):
+    numbers = inspect.statistics(shared_corpus(name))
+    assert {key: numbers[key] for key in expected} == expected
+    if name == "movielens_100k":
+        assert numbers["ratings"] == {"1": 6_110, "2": 11_370, "3": 27_145, "4": 34_174, "5": 21_201}
+    if name == "amazon_beauty_timed":
+        assert round(100 * numbers["tied_pairs"]) == 44
+        assert round(100 * numbers["tied_test_items"]) == 43
+
+
+# Oracles.
+
+logs = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7), st.integers(0, 4), st.integers(1, 5)), max_size=60)
+
+
+@given(logs, st.integers(0, 4))
+def test_k_core_is_what_removing_one_by_one_leaves(log, k):
+    left = list(enumerate(log))
+    while True:
+        users, items = Counter(row[0] for _, row in left), Counter(row[1] for _, row in left)
+        bad = next((entry for entry in left if users[entry[1][0]] < k or items[entry[1][1]] < k), None)
+        if bad is None:
+            break
+        left.remove(bad)
+    users, items = (np.array([row[column] for row in log], np.int32) for column in (0, 1))
+    assert np.flatnonzero(build.k_core(users, items, k)).tolist() == [number for number, _ in left]
+
+
+@settings(max_examples=200)
+@given(logs.filter(bool), st.sampled_from(build.TIE_BREAKS), st.integers(0, 3))
+def test_sequences_are_distinct_items_in_time_order(log, tie_break, seed):
+    collected = build.collect(Interaction(f"u{u}", f"i{i}", t, r) for u, i, t, r in log)
+    kept = collected.take(build.first_of_each_pair(collected.users, collected.items, collected.timestamps))
+    result = build.sequences(kept, [], tie_break, seed)
+    assert sorted(result.user_ids) == sorted({f"u{row[0]}" for row in log})
+    assert sorted(result.item_ids) == sorted({f"i{row[1]}" for row in log})
+    for number, user_id in enumerate(result.user_ids):
+        earliest: dict[str, tuple[int, int, int]] = {}
+        for position, (u, i, t, r) in enumerate(log):
+            if f"u{u}" == user_id and (f"i{i}" not in earliest or t < earliest[f"i{i}"][0]):
+                earliest[f"i{i}"] = (t, position, r)
+        span = slice(result.offsets[number], result.offsets[number + 1])
+        rows = list(zip([result.item_ids[i] for i in result.items[span]], result.timestamps[span], strict=True))
+        expected = [(item, t) for item, (t, _, _) in sorted(earliest.items(), key=lambda entry: entry[1][:2])]
+        assert [t for _, t in rows] == [t for _, t in expected]
+        assert rows == expected if tie_break == "file" else sorted(rows) == sorted(expected)
+        ratings = result.ratings[span]
+        assert [earliest[item][2] for item, _ in rows] == ratings.tolist()
+
+
+def test_shuffled_ties_move_only_ties_and_depend_on_the_seed():
+    rows = [Interaction(f"u{u}", f"i{i}", i // 5, None) for u in range(30) for i in range(20)]
+    log = build.collect(rows)
+
+    def items(tie_break, seed):
+        result = build.sequences(log, [], tie_break, seed)
+        of_user = {user: result.items[i * 20 : i * 20 + 20] for i, user in enumerate(result.user_ids)}
+        return np.array([[int(result.item_ids[i][1:]) for i in of_user[f"u{u}"]] for u in range(30)])
+
+    one, two, file = items("shuffle", 1), items("shuffle", 2), items("file", 1)
+    assert (file == np.arange(20)).all()
+    assert (one // 5 == file // 5).all()
+    assert (items("shuffle", 1) == one).all()
+    assert (one != two).mean() > 0.5
+    # Each of the five places of a tie is as likely for each item: 30 users x 4 ties.
+    assert np.abs((one % 5).reshape(-1, 5).mean(axis=0) - 2).max() < 4 * math.sqrt(2 / 120)
+
+
+def test_numbers_do_not_depend_on_the_order_of_the_file(tmp_path):
+    first = prepared("tables", write_tables(tmp_path / "a", ROWS, ITEMS), tmp_path, "first")
+    swapped = [*ROWS[4:], *ROWS[:4]]
+    second = prepared("tables", write_tables(tmp_path / "b", swapped, ITEMS[::-1]), tmp_path, "second")
+    assert first.fingerprint == second.fingerprint
+    third = prepared("tables", tmp_path / "a", tmp_path, "third", "--seed", "1")
+    assert third.fingerprint != first.fingerprint
+
+
+def test_numbering_is_a_permutation_unrelated_to_the_ids():
+    names = [f"{i:05}" for i in range(4000)]
+    numbers = np.array([int(name) for name in build.shuffled(reversed(names), seed=3, stream=1)])
+    assert sorted(numbers) == list(range(4000))
+    assert abs(np.corrcoef(numbers, np.arange(4000))[0, 1]) < 4 / math.sqrt(4000)
+    assert build.shuffled(names, 3, 1) == build.shuffled(names[::-1], 3, 1)
+    assert build.shuffled(names, 3, 1) != build.shuffled(names, 3, 0)
+
+
+# The hold-out rule.
+
+
+def test_hold_out_by_position(beauty):
+    popularity = Counter()
+    test, validation = beauty.targets("test"), beauty.targets("validation")
+    for number, user in enumerate(beauty.evaluation_users):
+        *training, before_last, last = beauty.sequence(user).tolist()
+        assert (validation[number], test[number]) == (before_last, last)
+        if number % 50 == 0:
+            assert beauty.training_sequence(user).tolist() == training
+            assert beauty.history(user, "validation").tolist() == training
+            assert beauty.history(user, "test").tolist() == [*training, before_last]
+        popularity.update(training)
+    assert [popularity[item] for item in range(beauty.num_items)] == beauty.training_popularity.tolist()
+
+
+def test_users_too_short_to_split_are_for_training_only(small):
+    numbers = {small.user_source_id(user): user for user in range(small.num_users)}
+    assert [small.user_source_id(user) for user in small.evaluation_users] == sorted(
+        ["ann", "bob"], key=lambda name: numbers[name]
+    )
+    assert small.training_lengths[numbers["cem"]] == 2
+    cem = [small.item_source_id(item) for item in small.training_sequence(numbers["cem"])]
+    assert cem == ["w", "x"]
+    popularity = {small.item_source_id(item): n for item, n in enumerate(small.training_popularity.tolist())}
+    assert popularity == {"x": 2, "y": 1, "z": 1, "w": 1, "v": 0}  # ann: y z; bob: x; cem: w x
+    assert inspect.statistics(small)["users_train_only"] == 1
+
+
+@given(st.lists(st.integers(1, 9), min_size=1))
+def test_training_and_targets_cover_each_sequence_once(lengths):
+    for length, training in zip(lengths, holdout.training_lengths(np.array(lengths)), strict=True):
+        if length < holdout.MIN_INTERACTIONS:
+            assert training == length
+        else:
+            held_out = [int(holdout.target_positions(np.array(length), split)) for split in ("validation", "test")]
+            assert [*range(training), *held_out] == list(range(length))
+
+
+def test_there_is_no_target_in_training(small):
+    with pytest.raises(InputError, match="train"):
+        small.targets("train")
+
+
+# What is stored.
+
+
+def test_text_is_cleaned_and_kept(small):
+    texts = {small.item_source_id(item): small.item_text(item) for item in range(small.num_items)}
+    assert texts["x"].title == "Sponge & cloth"
+    assert texts["x"].categories == ("Home", "Bath")
+    assert texts["x"].brand == "L'Or"
+    assert texts["x"].price is None
+    assert texts["y"].price == 14.96
+    assert texts["y"].extra == {"description": "Soft."}
+    assert texts["z"].title == ""
+
+
+def test_corpus_json_tells_where_it_comes_from(tmp_path):
+    rows = [*ROWS, ("ann", "x", 1, 5), ("ann", "x", 8, 2)]
+    folder = write_tables(tmp_path / "raw", rows, ITEMS)
+    result = prepared("tables", folder, tmp_path, "told", "--k_core", "2", "--tie_break", "shuffle")
+    metadata = json.loads((tmp_path / "told" / "corpus.json").read_text())
+    assert metadata == result.metadata
+    assert [entry["name"] for entry in metadata["source_files"]] == ["interactions.tsv", "items.jsonl"]
+    checksum = subprocess.run(["sha256sum", folder / "items.jsonl"], capture_output=True, text=True, check=True)
+    assert metadata["source_files"][1]["sha256"] == checksum.stdout.split()[0]
+    assert (metadata["options"]["k_core"], metadata["options"]["tie_break"]) == (2, "shuffle")
+    counts = metadata["counts"]
+    assert counts["interactions_read"] == len(rows)
+    assert counts["interactions_repeated"] == 2
+    assert counts["interactions"] == len(rows) - 2
+    assert counts["items_dropped_by_k_core"] == 1  # v, which nobody met
+    assert counts["items_not_in_table"] == 2  # z and w
+    # Of the three of ann and x the one of time 1 is left, with its rating; y has time 1, too.
+    ann = next(user for user in range(result.num_users) if result.user_source_id(user) == "ann")
+    span = slice(result.user_offsets[ann], result.user_offsets[ann + 1])
+    rows_of_ann = {
+        (result.item_source_id(i), t, r)
+        for i, t, r in zip(
+            result.items[span], result.timestamps[span].tolist(), result.ratings[span].tolist(), strict=True
+        )
+    }
+    assert rows_of_ann == {("x", 1, 5.0), ("y", 1, 4.0), ("z", 2, 4.0), ("w", 9, 4.0)}
+
+
+def test_preparing_twice_gives_the_same_bytes(tmp_path):
+    folder = write_tables(tmp_path / "raw", ROWS, ITEMS)
+    for data_dir in ("one", "two"):
+        prepared("tables", folder, tmp_path / data_dir, "same")
+    assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
+
+
+def test_tfds_records_equal_the_arrays(small):
+    import tensorflow_datasets as tfds
+
+    items = tfds.builder_from_directory(small.directory / "items").as_data_source("full")
+    users = tfds.builder_from_directory(small.directory / "users").as_data_source("full")
+    assert (len(items), len(users)) == (small.num_items, small.num_users)
+    for number, record in enumerate(items):
+        text = small.item_text(number)
+        assert record["item"] == number
+        assert record["item_id"].decode() == small.item_source_id(number)
+        assert record["title"].decode() == text.title
+        assert [part.decode() for part in record["categories"]] == list(text.categories)
+        assert record["brand"].decode() == text.brand
+        assert text.price == (None if np.isnan(record["price"]) else pytest.approx(record["price"]))
+        assert [part.decode() for part in record["extra_texts"]] == list(text.extra.values())
+    for number, record in enumerate(users):
+        span = slice(small.user_offsets[number], small.user_offsets[number + 1])
+        assert record["user"] == number
+        assert record["user_id"].decode() == small.user_source_id(number)
+        assert record["items"].tolist() == small.sequence(number).tolist()
+        assert record["timestamps"].tolist() == small.timestamps[span].tolist()
+        assert record["ratings"].tolist() == small.ratings[span].tolist()
+
+
+def test_large_datasets_in_several_files_keep_their_order(tmp_path, monkeypatch):
+    monkeypatch.setattr("recalign_jax.corpus.datasets._RECORDS_A_FILE", 7)
+    rows = [(f"u{user}", f"i{item}", item) for user in range(20) for item in range(30)]
+    result = prepared("tables", write_tables(tmp_path / "raw", rows), tmp_path, "many")
+    assert len(list((tmp_path / "many" / "items").glob("*.array_record-*"))) == 5
+    for user in range(20):
+        assert [result.item_source_id(item) for item in result.sequence(user)] == [f"i{item}" for item in range(30)]
+    assert sorted(result.user_source_id(user) for user in range(20)) == sorted({row[0] for row in rows})
+
+
+def test_arrays_are_mapped_and_cannot_be_changed(small):
+    assert [array.dtype for array in (small.user_offsets, small.items, small.timestamps, small.ratings)] == [
+        np.int64,
+        np.int32,
+        np.int64,
+        np.float32,
+    ]
+    assert np.shares_memory(small.sequence(0), small.items)
+    with pytest.raises(ValueError):
+        small.items[0] = 1
+
+
+def test_pickling_a_corpus_copies_no_array(small):
+    assert len(pickle.dumps(small)) < 1000
+    assert np.array_equal(pickle.loads(pickle.dumps(small)).items, small.items)
+
+
+def test_training_needs_no_tensorflow(small):
+    program = (
+        "import sys; from recalign_jax.corpus import catalog, corpus, prepare, statistics, vocab\n"
+        f"small = corpus.load_corpus('small', {str(small.directory.parent)!r})\n"
+        "assert small.item_text(0) is not None and small.training_popularity.sum() == 5\n"
+        "assert 'tensorflow' not in sys.modules and 'seqio' not in sys.modules, 'heavy import'\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+# Names and places.
+
+
+@pytest.mark.parametrize(
+    "name", ["Beauty", "a-b", "", "a/b", "..", "x_retrieval", "x_semantic_id", "x_all", "vocabularies"]
+)
+def test_names_that_cannot_be_a_corpus(name, tmp_path):
+    with pytest.raises(InputError, match="cannot be a corpus"):
+        prepared("tables", write_tables(tmp_path / "raw", ROWS), tmp_path, name)
+
+
+def test_a_missing_corpus_is_named_with_the_nearest(small):
+    with pytest.raises(InputError, match=r"Prepared there: small\. Did you mean 'small'\?"):
+        corpus.load_corpus("smal", small.directory.parent)
+
+
+def test_the_data_directory(monkeypatch, tmp_path):
+    monkeypatch.delenv("RECALIGN_DATA_DIR", raising=False)
+    assert corpus.data_dir_or_default(None) == pathlib.Path.home() / "recalign_data"
+    monkeypatch.setenv("RECALIGN_DATA_DIR", str(tmp_path))
+    assert corpus.data_dir_or_default(None) == tmp_path
+    assert corpus.data_dir_or_default("here") == pathlib.Path("here")
+
+
+@pytest.mark.parametrize("damage", ["corpus.json", "arrays/items.npy", "items"])
+def test_a_damaged_corpus_is_an_input_error(small, damage):
+    path = small.directory / damage
+    if path.is_dir():
+        for record_file in path.glob("*.array_record-*"):
+            record_file.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(InputError, match="repare"):
+        corpus.load_corpus("small", small.directory.parent).item_text(0)
+
+
+# Nothing half-written.
+
+
+def test_a_corpus_is_replaced_only_when_told(small):
+    before = snapshot(small.directory)
+    raw = small.directory.parent / "raw"
+    with pytest.raises(InputError, match="--overwrite"):
+        prepared("tables", raw, raw.parent, "small", "--seed", "5")
+    assert snapshot(small.directory) == before
+    other = prepared("tables", raw, raw.parent, "small", "--seed", "5", "--overwrite")
+    assert other.fingerprint != small.fingerprint
+    assert sorted(path.name for path in raw.parent.iterdir()) == ["raw", "small"]
+
+
+def test_a_folder_that_is_no_corpus_is_never_replaced(tmp_path):
+    raw = write_tables(tmp_path / "raw", ROWS)
+    with pytest.raises(InputError, match="not a corpus"):
+        prepared("tables", raw, tmp_path, "raw", "--overwrite")
+    assert (raw / "interactions.tsv").is_file()
+
+
+@pytest.mark.parametrize("flags", [["--k_core", "9"], ["--k_core", "-1"], ["--seed", "-1"], ["--item_column", "sku"]])
+@pytest.mark.parametrize("on_error", ["fail", "skip"])
+def test_a_failed_prepare_leaves_the_old_corpus_and_nothing_else(small, flags, on_error):
+    before = snapshot(small.directory)
+    data_dir = small.directory.parent
+    with pytest.raises(InputError):
+        prepared("tables", data_dir / "raw", data_dir, "small", "--overwrite", "--on_error", on_error, *flags)
+    assert snapshot(small.directory) == before
+    assert sorted(path.name for path in data_dir.iterdir()) == ["raw", "small"]
+
+
+def test_an_interrupted_prepare_leaves_the_old_corpus(small, monkeypatch):
+    before = snapshot(small.directory)
+    data_dir = small.directory.parent
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("recalign_jax.corpus.storage._fingerprint", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepared("tables", data_dir / "raw", data_dir, "small", "--overwrite")
+    assert snapshot(small.directory) == before
+    assert sorted(path.name for path in data_dir.iterdir()) == ["raw", "small"]
+
+
+# The commands.
+
+
+def test_what_the_commands_return(small, capsys):
+    data_dir = small.directory.parent
+    flags = ["--source", "tables", "--input", str(data_dir / "raw"), "--corpus", "second"]
+    result = call(prepare, data_dir, *flags)
+    assert result == {
+        "users": 3,
+        "items": 5,
+        "interactions": 9,
+        "rejected_rows": 0,
+        "corpus_dir": str(data_dir / "second"),
+    }
+    assert "Next: recalign inspect --corpus second" in capsys.readouterr().out
+    shown = call(inspect, data_dir, "--corpus", "second")
+    assert "interactions" in capsys.readouterr().out
+    assert json.loads(json.dumps(shown, allow_nan=False)) == shown
+    assert shown["statistics"]["ratings"] == {"1": 2, "2.5": 3, "4": 4}
+    assert shown["statistics"]["items_never_met"] == 1
+    assert shown["statistics"]["shared_titles"] == 2
+    assert shown["statistics"]["tied_test_items"] == 0.5
+    assert shown["statistics"]["tied_pairs"] == 2 / 6
+
+
+def test_statistics_of_a_corpus_without_any_target(tmp_path):
+    result = prepared("tables", write_tables(tmp_path / "raw", [("a", "b", 1)]), tmp_path, "one")
+    numbers = inspect.statistics(result)
+    assert (numbers["tied_pairs"], numbers["tied_test_items"], numbers["unseen_test_items"]) == (None, None, None)
+    json.dumps(numbers, allow_nan=False)
+
+
+def test_many_different_ratings_are_binned(tmp_path):
+    rows = [("a", f"i{n}", n, n / 7) for n in range(100)]
+    result = prepared("tables", write_tables(tmp_path / "raw", rows), tmp_path, "binned")
+    ratings = inspect.statistics(result)["ratings"]
+    assert len(ratings) == 10
+    assert sum(ratings.values()) == 100
