@@ -1,0 +1,1 @@
+"""Catalogue trie, constrained beam search, sequence likelihood. Knows token sequences, not recommendation."""

@@ -1,0 +1,382 @@
+"""Constrained beam search against exhaustive likelihoods and a beam search in plain Python."""
+
+import dataclasses
+import gzip
+import itertools
+import json
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recalign_jax.decoding.beam_search import beam_search
+from recalign_jax.decoding.likelihood import log_normalizer, sequence_scores
+from recalign_jax.decoding.trie import EOS_ID, build_trie
+from tests.shared_data import shared
+from tests.test_trie import VOCAB, build, pad, sequences_strategy
+
+BATCH, WIDTH, MAX_LENGTH, ITEMS, EXCLUDED = 6, 6, 8, 40, 30
+
+
+def toy_model(seed, vocab=VOCAB):
+    """Weights of a random decoder whose logits depend on the user, the position and every token so far, in order."""
+    rng = np.random.default_rng(seed)
+    return {
+        "embed": rng.normal(size=(vocab, WIDTH)),
+        "recur": rng.normal(size=(2, WIDTH, WIDTH)) / 2,
+        "position": rng.normal(size=(MAX_LENGTH, WIDTH)),
+        "attend": rng.normal(size=(MAX_LENGTH, MAX_LENGTH)),
+        "output": rng.normal(size=(WIDTH, vocab)),
+        "user": rng.normal(size=(BATCH, 1, WIDTH)),
+    }
+
+
+def toy_step(w, tokens, position, cache):
+    """The decoder in JAX. Its recurrent state and its history are the cache: another beam's gives wrong scores."""
+    new = w["embed"][tokens] + w["position"][position] + w["user"]  # [B, k, D]
+    lower = jnp.tanh(cache["state"][0] @ w["recur"][0] + new)
+    upper = jnp.tanh(cache["state"][1] @ w["recur"][1] + lower)
+    history = cache["history"].at[0, :, :, position].set(new)
+    attended = jnp.einsum("bktd,t->bkd", history[0], w["attend"][position])
+    return (upper + attended) @ w["output"], {"state": jnp.stack([lower, upper]), "history": history}
+
+
+def toy_log_probs(w, user, prefix):
+    """The decoder in numpy, for one user and one prefix: log-probabilities of the next token, [V] float64."""
+    state, history = np.zeros((2, WIDTH)), np.zeros((MAX_LENGTH, WIDTH))
+    for position, token in enumerate([0, *prefix]):
+        history[position] = w["embed"][token] + w["position"][position] + w["user"][user, 0]
+        state[0] = np.tanh(state[0] @ w["recur"][0] + history[position])
+        state[1] = np.tanh(state[1] @ w["recur"][1] + state[0])
+        logits = (state[1] + w["attend"][position] @ history) @ w["output"]
+    return logits - np.log(np.sum(np.exp(logits)))
+
+
+def exhaustive_scores(weights, sequences, length_penalty=0.0):
+    """Scores of all items for every user, [B, I], from one full likelihood an item."""
+    scores = np.zeros((BATCH, len(sequences)))
+    for user in range(BATCH):
+        known = {}
+        for item, sequence in enumerate(sequences):
+            for position, token in enumerate([*sequence, EOS_ID]):
+                prefix = tuple(sequence[:position])
+                if prefix not in known:
+                    known[prefix] = toy_log_probs(weights, user, prefix)
+                scores[user, item] += known[prefix][token]
+            scores[user, item] /= (len(sequence) + 1) ** length_penalty
+    return scores
+
+
+@partial(jax.jit, static_argnames=("num_beams", "top_k", "length_penalty"))
+def search_toy(weights, trie, excluded_items, num_beams, top_k, length_penalty):
+    users = len(weights["user"])
+    cache = {"state": jnp.zeros((2, users, 1, WIDTH)), "history": jnp.zeros((1, users, 1, MAX_LENGTH, WIDTH))}
+    return beam_search(
+        partial(toy_step, weights),
+        cache,
+        trie,
+        num_beams=num_beams,
+        top_k=top_k,
+        excluded_items=excluded_items,
+        length_penalty=length_penalty,
+    )
+
+
+def search(weights, trie, *, num_beams, top_k, excluded_items=None, length_penalty=0.0):
+    weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), weights)
+    return map(np.asarray, search_toy(weights, trie, excluded_items, num_beams, top_k, length_penalty))
+
+
+def reference_search(case, user, num_beams, top_k):
+    """Beam search in plain Python over the items that are not excluded; returns items, or None at a tie."""
+    sequences, popularity, leaves = case["sequences"], case["popularity"], {}
+    for item in sorted(set(range(ITEMS)) - set(case["excluded"][user]), key=lambda i: (-popularity[i], i)):
+        leaves.setdefault(tuple(sequences[item]), []).append(item)
+    beams, finished = [((), 0.0)], []
+    while beams:
+        children = []
+        for prefix, score in beams:
+            log_probs = toy_log_probs(case["weights"], user, prefix)
+            if prefix in leaves:
+                finished.append((score + log_probs[EOS_ID], leaves[prefix]))
+            following = {s[len(prefix)] for s in leaves if len(s) > len(prefix) and s[: len(prefix)] == prefix}
+            children += [((*prefix, token), score + log_probs[token]) for token in following]
+        children.sort(key=lambda child: -child[1])
+        if len(children) > num_beams and children[num_beams - 1][1] - children[num_beams][1] < 1e-4:
+            return None
+        beams = children[:num_beams]
+    finished.sort(key=lambda leaf: -leaf[0])
+    if any(a[0] - b[0] < 1e-4 for a, b in itertools.pairwise(finished)):
+        return None
+    return [item for _, items in finished for item in items][:top_k]
+
+
+def check(items, scores, expected_scores, excluded, top_k):
+    """What holds for every result: catalogue items, distinct, not excluded, scored exactly, best first."""
+    for user in range(len(items)):
+        found = items[user][items[user] >= 0]
+        assert (items[user][len(found) :] == -1).all()
+        assert (scores[user][len(found) :] == -np.inf).all()
+        assert len(set(found)) == len(found) <= top_k
+        assert (found < expected_scores.shape[1]).all()
+        assert not set(found) & set(excluded[user])
+        np.testing.assert_allclose(scores[user][: len(found)], expected_scores[user][found], atol=1e-5, rtol=1e-5)
+        assert (np.diff(scores[user][: len(found)]) <= 0).all()
+
+
+def as_excluded(excluded, width):
+    return jnp.array([[*items, *[-1] * (width - len(items))] for items in excluded], jnp.int32)
+
+
+@st.composite
+def cases(draw):
+    """A catalogue of ITEMS items over at most as many sequences: many prefixes of one another and collisions."""
+    pool = draw(sequences_strategy)
+    chosen = draw(st.lists(st.integers(0, len(pool) - 1), min_size=ITEMS, max_size=ITEMS))
+    items = st.lists(st.integers(0, ITEMS - 1), max_size=EXCLUDED)
+    return {
+        "sequences": [pool[i] for i in chosen],
+        "popularity": draw(st.lists(st.integers(0, 3), min_size=ITEMS, max_size=ITEMS)),
+        "excluded": draw(st.lists(items, min_size=BATCH, max_size=BATCH)),
+        "weights": toy_model(draw(st.integers(0, 2**32 - 1))),
+    }
+
+
+def search_case(case, **options):
+    """Searches with shapes and bounds that all cases share, so that they share a compiled program as well."""
+    trie = build(case["sequences"], case["popularity"])
+    nodes, spare = len(trie.token), ITEMS * MAX_LENGTH - len(trie.token)
+    trie = dataclasses.replace(
+        trie,
+        token=jnp.pad(trie.token, (0, spare)),
+        first_child=jnp.pad(trie.first_child, (0, spare), constant_values=nodes),
+        first_item=jnp.pad(trie.first_item, (0, spare)),
+        root_branch=VOCAB,
+        max_branch=VOCAB,
+        max_depth=MAX_LENGTH,
+    )
+    return search(case["weights"], trie, excluded_items=as_excluded(case["excluded"], EXCLUDED), **options)
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(), st.sampled_from([(1, 3), (3, 1), (8, 12)]))
+def test_equals_a_beam_search_in_python(case, beams_and_top_k):
+    num_beams, top_k = beams_and_top_k
+    items, scores = search_case(case, num_beams=num_beams, top_k=top_k)
+    check(items, scores, exhaustive_scores(case["weights"], case["sequences"]), case["excluded"], top_k)
+    for user in range(BATCH):
+        expected = reference_search(case, user, num_beams, top_k)
+        if expected is not None:
+            assert items[user][items[user] >= 0].tolist() == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.sampled_from([0.0, 0.6]))
+def test_enough_beams_rank_exhaustively(case, length_penalty):
+    sequences, popularity = case["sequences"], case["popularity"]
+    items, scores = search_case(case, num_beams=ITEMS, top_k=ITEMS, length_penalty=length_penalty)
+    check(items, scores, exhaustive_scores(case["weights"], sequences, length_penalty), case["excluded"], ITEMS)
+    for user in range(BATCH):
+        found = items[user][items[user] >= 0].tolist()
+        assert set(found) == set(range(ITEMS)) - set(case["excluded"][user])
+        for before, after in itertools.pairwise(found):
+            if sequences[before] == sequences[after]:
+                assert (-popularity[before], before) < (-popularity[after], after)
+
+
+def test_a_title_that_begins_another_and_collisions():
+    sequences = [[2, 3, 4], [2, 3], [2, 3], [5], [2, 3, 4, 6], [2, 3]]
+    popularity = [1, 1, 9, 1, 1, 4]
+    model = toy_model(0)
+    items, scores = search(model, build(sequences, popularity), num_beams=6, top_k=8)
+    check(items, scores, exhaustive_scores(model, sequences), [[]] * BATCH, 8)
+    for found in items.tolist():
+        assert sorted(found[:6]) == list(range(6))
+        at = found.index(2)
+        assert found[at : at + 3] == [2, 5, 1]
+
+
+def test_exclusions_change_the_ranking_and_not_the_scores():
+    rng = np.random.default_rng(1)
+    sequences = rng.integers(2, VOCAB, (30, 3)).tolist()
+    model, trie = toy_model(1), build(sequences)
+    items, scores = search(model, trie, num_beams=30, top_k=30)
+    excluded = [found[:5].tolist() for found in items]  # each user's best
+    fewer, fewer_scores = search(model, trie, num_beams=30, top_k=25, excluded_items=as_excluded(excluded, 64))
+    assert fewer.tolist() == items[:, 5:].tolist()
+    np.testing.assert_array_equal(fewer_scores, scores[:, 5:])
+
+
+def test_excluded_branches_cost_no_beams():
+    """One beam still finds the only item left, wherever it is, as all other branches are closed from the start."""
+    sequences = [[a, b, c] for a in range(2, 6) for b in range(2, 6) for c in range(2, 6)]
+    model, trie = toy_model(2), build(sequences)
+    left = [0, 37, 63, 1, 21, 62]
+    excluded = [[i for i in range(64) if i != item] for item in left]
+    items, scores = search(model, trie, num_beams=1, top_k=2, excluded_items=as_excluded(excluded, 64))
+    assert items.tolist() == [[item, -1] for item in left]
+    check(items, scores, exhaustive_scores(model, sequences), excluded, 2)
+
+
+def test_everything_excluded():
+    sequences = [[2, 3], [2, 3], [4], [5, 6, 7]]
+    excluded = [[0, 1, 2, 3], [3, 2, 1, 0]] * (BATCH // 2)
+    items, scores = search(
+        toy_model(3), build(sequences), num_beams=5, top_k=3, excluded_items=as_excluded(excluded, 64)
+    )
+    assert (items == -1).all()
+    assert (scores == -np.inf).all()
+
+
+def test_exclusion_lists_may_hold_duplicates_padding_and_unknown_items():
+    sequences = [[2, 3], [2, 3], [4], [5, 6, 7]]
+    model, trie = toy_model(3), build(sequences)
+    excluded = jnp.array([[-1, 0, 0, -1, 99], [-1, -1, -1, -1, -1], [4, 2, 2, 3, 2]] * 2)
+    items, _ = search(model, trie, num_beams=5, top_k=4, excluded_items=excluded)
+    assert [sorted(found) for found in items.tolist()] == [[-1, 1, 2, 3], [0, 1, 2, 3], [-1, -1, 0, 1]] * 2
+
+
+def test_users_do_not_depend_on_each_other():
+    """The loop goes on for the slowest user; the others' results are what they would be alone."""
+    rng = np.random.default_rng(4)
+    sequences = [rng.integers(2, VOCAB, rng.integers(1, 7)).tolist() for _ in range(60)]
+    model, trie = toy_model(4), build(sequences)
+    items, scores = search(model, trie, num_beams=4, top_k=3)
+    for user in range(BATCH):
+        alone = {**model, "user": model["user"][user : user + 1]}
+        alone_items, alone_scores = search(alone, trie, num_beams=4, top_k=3)
+        assert alone_items[0].tolist() == items[user].tolist()
+        np.testing.assert_allclose(alone_scores[0], scores[user], atol=1e-5)
+
+
+def counted_steps(trie, logits_of, num_beams, top_k):
+    """Runs a search and returns the shape of the tokens of every decoder step."""
+    shapes = []
+
+    def step(tokens, position, cache):
+        jax.debug.callback(lambda p, t: shapes.append((int(p), t.shape)), position, tokens, ordered=True)
+        return logits_of(tokens), cache
+
+    cache = jnp.zeros((1, 2, 1))
+    jax.block_until_ready(jax.jit(lambda: beam_search(step, cache, trie, num_beams=num_beams, top_k=top_k))())
+    jax.effects_barrier()
+    return shapes
+
+
+def test_one_token_items_take_two_steps_the_first_with_one_beam():
+    trie = build([[token] for token in range(2, VOCAB)])
+    shapes = counted_steps(trie, lambda tokens: jnp.zeros((*tokens.shape, VOCAB)), num_beams=3, top_k=3)
+    assert shapes == [(0, (2, 1)), (1, (2, 3))]
+
+
+def test_stops_when_no_beam_can_win():
+    """The short item has probability one half; all that is left of the long one is less."""
+    trie = build([[2], [3] * 6])
+    likely = jnp.log(jnp.array([0, 0.7, 0.7, 0.1, *[0.0] * (VOCAB - 4)]))
+    shapes = counted_steps(trie, lambda tokens: jnp.broadcast_to(likely, (*tokens.shape, VOCAB)), 2, top_k=1)
+    assert len(shapes) == 2
+    shapes = counted_steps(trie, lambda tokens: jnp.broadcast_to(likely, (*tokens.shape, VOCAB)), 2, top_k=2)
+    assert len(shapes) == 7
+
+
+def test_goes_on_for_a_long_item_that_wins_by_its_mean():
+    trie = build([[2], [3] * 6])
+    likely = jnp.log(jnp.array([0, 0.3, 0.1, 0.6, *[0.0] * (VOCAB - 4)]))
+
+    def step(tokens, position, cache):
+        return jnp.broadcast_to(likely, (*tokens.shape, VOCAB)), cache
+
+    for length_penalty, best, score in ((0.0, 0, math.log(0.03)), (1.0, 1, math.log(0.6**6 * 0.3) / 7)):
+        options = {"num_beams": 2, "top_k": 1, "length_penalty": length_penalty}
+        result = jax.jit(partial(beam_search, step, **options))(jnp.zeros((1, 1, 1)), trie)
+        assert result.items.tolist() == [[best]]
+        assert result.scores.item() == pytest.approx(score, abs=1e-6)
+
+
+def test_impossible_items_are_not_returned():
+    """A token with logit -inf (a padding row of the vocabulary) leads nowhere."""
+    logits = jnp.where(jnp.arange(VOCAB) == 3, -jnp.inf, 0.0)
+
+    def step(tokens, position, cache):
+        return jnp.broadcast_to(logits, (*tokens.shape, VOCAB)), cache
+
+    trie = build([[2], [3], [4, 3]])
+    result = jax.jit(lambda: beam_search(step, jnp.zeros((1, 1, 1)), trie, num_beams=3, top_k=3))()
+    assert result.items.tolist() == [[0, -1, -1]]
+    assert result.scores.tolist() == [[pytest.approx(-2 * math.log(VOCAB - 1), abs=1e-6), -math.inf, -math.inf]]
+
+
+def test_bad_options():
+    trie = build([[2], [3]])
+
+    def step(tokens, position, cache):
+        return jnp.zeros((*tokens.shape, VOCAB - 1)), cache
+
+    with pytest.raises(ValueError, match=f"logits over {VOCAB - 1} tokens for a trie over {VOCAB}"):
+        beam_search(step, jnp.zeros((1, 1, 1)), trie, num_beams=2, top_k=2)
+    with pytest.raises(ValueError, match="negative"):
+        beam_search(step, jnp.zeros((1, 1, 1)), trie, num_beams=2, top_k=2, length_penalty=-1)
+
+
+def test_real_titles():
+    """Beauty's titles, a random model, histories excluded: catalogue items, distinct, allowed, scored exactly."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    titles = shared("data/amazon_beauty/items.jsonl.gz")
+    vocabulary = sentencepiece.SentencePieceProcessor(model_file=str(shared("data/t5_vocabulary/spiece.model")))
+    with gzip.open(titles) as lines:
+        texts = [json.loads(line).get("title") or "unknown" for line in lines]
+    sequences = [tokens[:47] for tokens in vocabulary.encode(texts)]
+    users, num_beams, top_k, vocab = 6, 10, 10, 32128
+    trie = build_trie(*pad(sequences), np.zeros(len(sequences)), vocab)
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.normal(size=(101, vocab)) * 2, jnp.float32)
+
+    def state(tokens, position):  # of a Markov model; works on rows of tokens [B, ...]
+        return (tokens * 31 + position * 17 + np.arange(users).reshape(-1, *[1] * (tokens.ndim - 1))) % 101
+
+    @jax.jit
+    def run(table, trie, excluded_items):
+        def step(tokens, position, cache):
+            return table[state(tokens, position)], cache
+
+        cache = jnp.zeros((1, users, 1))
+        return beam_search(step, cache, trie, num_beams=num_beams, top_k=top_k, excluded_items=excluded_items)
+
+    excluded = np.full((users, 50), -1, np.int32)
+    for _ in range(3):  # each time the best are excluded as well
+        items, scores = map(np.asarray, run(table, trie, excluded))
+        assert (items >= 0).all()
+        for user in range(users):
+            assert len(set(items[user])) == top_k
+            assert not set(items[user]) & set(excluded[user])
+        targets = pad([sequences[i] for i in items.ravel()])[0].reshape(users, top_k, -1)
+        inputs = np.pad(targets, ((0, 0), (0, 0), (1, 0)))[..., :-1]
+        for user in range(users):
+            logits = table[state(inputs, np.arange(inputs.shape[-1]))[user]]
+            np.testing.assert_allclose(sequence_scores(logits, targets[user]), scores[user], atol=1e-4, rtol=1e-5)
+        excluded = np.concatenate([items, excluded], axis=1)[:, :50]
+
+
+def test_sequence_scores():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 3, 4, VOCAB))
+    targets = np.array([[[2, 3, 4, 1], [5, 1, 0, 0], [1, 0, 0, 0]]] * 2)
+    logits[..., 0] = -np.inf  # then padding is impossible, and must still count nothing
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = np.zeros((2, 3))
+    for user, candidate, position in zip(*np.nonzero(targets), strict=True):
+        expected[user, candidate] += log_probs[user, candidate, position, targets[user, candidate, position]]
+    np.testing.assert_allclose(sequence_scores(jnp.asarray(logits), jnp.asarray(targets)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocab", [1000, 32_768, 40_000, 40_064])
+def test_log_normalizer(vocab):
+    logits = np.random.default_rng(0).normal(size=(2, 3, vocab)) * 5
+    logits[..., -200:] = -np.inf
+    expected = np.log(np.exp(logits).sum(-1))
+    np.testing.assert_allclose(log_normalizer(jnp.asarray(logits, jnp.float32)), expected, rtol=1e-6)

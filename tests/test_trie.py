@@ -1,0 +1,109 @@
+"""The catalogue trie against a trie of Python dictionaries."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recalign_jax.decoding.trie import EOS_ID, Trie, build_trie
+from recalign_jax.errors import InputError
+
+VOCAB = 9
+
+
+def pad(sequences):
+    """Lists of tokens without end-of-sequence -> tokens [I, T], lengths [I]."""
+    lengths = np.array([len(s) + 1 for s in sequences])
+    tokens = np.zeros((len(sequences), lengths.max()), np.int32)
+    for row, sequence in zip(tokens, sequences, strict=True):
+        row[: len(sequence) + 1] = [*sequence, EOS_ID]
+    return tokens, lengths
+
+
+def build(sequences, popularity=None, vocab_size=VOCAB):
+    return build_trie(*pad(sequences), np.zeros(len(sequences)) if popularity is None else popularity, vocab_size)
+
+
+def walk(trie: Trie):
+    """Yields (prefix, node, one past the last rank at or below the node), from the arrays alone."""
+    host = jax.tree.map(np.asarray, trie)
+    queue = [((), 0, len(host.item_of_rank))]
+    for prefix, node, end in queue:
+        yield prefix, node, end
+        first, last = host.first_child[node], host.first_child[node + 1]
+        for child in range(first, last):
+            child_end = host.first_item[child + 1] if child + 1 < last else end
+            queue.append(((*prefix, int(host.token[child])), child, child_end))
+
+
+sequences_strategy = st.lists(
+    st.lists(st.integers(2, VOCAB - 1), min_size=0, max_size=6), min_size=1, max_size=40
+)  # short over few tokens: many prefixes and collisions
+
+
+@settings(max_examples=150, deadline=None)
+@given(sequences_strategy, st.data())
+def test_equals_a_trie_of_dictionaries(sequences, data):
+    popularity = np.array(data.draw(st.lists(st.integers(0, 3), min_size=len(sequences), max_size=len(sequences))))
+    trie = build(sequences, popularity)
+    first_item, items = np.asarray(trie.first_item), np.asarray(trie.item_of_rank)
+
+    children, below = {}, {}
+    for item, sequence in enumerate(map(tuple, sequences)):
+        for length in range(len(sequence) + 1):
+            children.setdefault(sequence[:length], set())
+            below.setdefault(sequence[:length], []).append(item)
+        for length in range(len(sequence)):
+            children[sequence[:length]].add(sequence[length])
+
+    found = {}
+    for prefix, node, end in walk(trie):
+        assert prefix not in found
+        found[prefix] = node
+        run = items[first_item[node] : end]
+        expected = sorted(below[prefix], key=lambda i: (tuple(sequences[i]), -popularity[i], i))
+        assert run.tolist() == expected
+    assert sorted(found) == sorted(children)
+    assert sorted(found.values()) == list(range(len(children))) == list(range(len(trie.token)))
+
+    assert np.asarray(trie.rank_of_item)[items].tolist() == list(range(len(sequences)))
+    assert trie.root_branch == len(children[()])
+    assert trie.max_branch == max((len(c) for prefix, c in children.items() if prefix), default=0)
+    assert trie.max_depth == max(map(len, sequences)) + 1
+
+
+def test_is_a_pytree_of_lean_arrays():
+    trie = build([[2, 3], [2, 3, 4], [5]])
+    leaves = jax.tree.leaves(trie)
+    assert all(isinstance(leaf, jax.Array) and leaf.dtype == np.int32 for leaf in leaves)
+    assert len(leaves) == 5
+    same = jax.jit(lambda t: dataclasses.replace(t, token=t.token + 0))(trie)
+    assert (same.max_branch, same.max_depth, same.root_branch, same.vocab_size) == (1, 4, 2, VOCAB)
+
+
+def test_unsigned_popularity():
+    trie = build([[2], [2], [2]], np.array([0, 7, 3], np.uint32))
+    assert np.asarray(trie.item_of_rank).tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "message"),
+    [
+        ([[2, 1], [0, 0]], [2, 0], "item 1: length 0"),
+        ([[2, 1], [3, 1]], [2, 3], "item 1: length 3"),
+        ([[2, 1], [VOCAB, 1]], [2, 2], f"item 1: token {VOCAB} at position 0.*from 2 to {VOCAB - 1}"),
+        ([[2, 1, 0], [2, 1, 1]], [2, 3], "item 1: token 1 at position 1"),
+        ([[2, 1, 0], [0, 3, 1]], [2, 3], "item 1: token 0 at position 0"),
+        ([[2, 1], [-5, 1]], [2, 2], "item 1: token -5 at position 0"),
+        ([[2, 1, 0], [2, 3, 0]], [2, 3], "item 1: token 0 at position 2.*expected end-of-sequence"),
+        ([[2, 1, 0], [2, 1, 4]], [2, 2], "item 1: token 4 at position 2.*expected padding"),
+        (np.zeros((0, 3)), np.zeros(0), "at least one item"),
+        ([[2, 1], [3, 1]], [2], "as many lengths"),
+    ],
+)
+def test_bad_sequences_name_the_item(tokens, lengths, message):
+    with pytest.raises(InputError, match=message):
+        build_trie(np.array(tokens), np.array(lengths), np.zeros(len(tokens)), VOCAB)
