@@ -1,0 +1,63 @@
+"""The numbers that make a T5.1.1 model, set by `gin_configs/models/*.gin`."""
+
+import dataclasses
+
+import gin
+import jax
+import jax.numpy as jnp
+
+from recalign_jax.errors import InputError, did_you_mean
+
+ACTIVATIONS = ("gelu", "relu", "silu", "linear")
+ACTIVATION_DTYPES = ("auto", "float32", "bfloat16")
+REMAT_POLICIES = ("none", "minimal", "full")
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class T5Config:
+    """Sizes and numerics of a model. Names are T5X's (`t5x/examples/t5/network.py`) where it has one.
+
+    The trainer replaces `vocab_size` and `num_tokens` by those of its vocabulary (`dataclasses.replace`).
+    Raises InputError for a name that is not among the known ones.
+    """
+
+    emb_dim: int  # D
+    num_heads: int  # N
+    head_dim: int  # H
+    num_encoder_layers: int
+    num_decoder_layers: int
+    mlp_dim: int  # F
+    vocab_size: int = 32128  # V, rows of the embedding: T5's, 32,100 tokens padded to a multiple of 128
+    num_tokens: int | None = None  # rows that stand for a token; logits of the rows above are masked. None: all
+    mlp_activations: tuple[str, ...] = ("gelu", "linear")  # one input kernel each, multiplied; gelu is the tanh form
+    dropout_rate: float = 0.1
+    activation_dtype: str = "auto"  # auto: bfloat16 on TPU and GPU, float32 on CPU
+    logits_via_embedding: bool = False  # the transposed embedding takes the place of a kernel of its own
+    scale_decoder_outputs: bool = False  # by 1/sqrt(D) before the logits, as T5 1.0 does with logits_via_embedding
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    remat: str = "none"  # what the backward pass computes again: no matrix product, those of attention, all
+
+    def __post_init__(self) -> None:
+        _check("activation_dtype", self.activation_dtype, ACTIVATION_DTYPES)
+        _check("remat", self.remat, REMAT_POLICIES)
+        for activation in self.mlp_activations:
+            _check("mlp_activations", activation, ACTIVATIONS)
+        if self.num_tokens is not None and not 0 < self.num_tokens <= self.vocab_size:
+            raise InputError(f"T5Config.num_tokens is {self.num_tokens}: must be in 1..vocab_size ({self.vocab_size})")
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype that activations are computed in on the default backend."""
+        if self.activation_dtype == "auto":
+            return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        return jnp.dtype(self.activation_dtype)
+
+
+def _check(field: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(
+            f"T5Config.{field} has {value!r}, which is not one of {', '.join(known)}.{did_you_mean(str(value), known)}"
+        )

@@ -1,0 +1,114 @@
+"""The device mesh, and which dimension of which array is split over which of its axes.
+
+Two tables say it all: `PARAMETER_AXES` names the dimensions of every parameter, `MESH_AXES` maps those names to the
+mesh. Optimizer state follows its parameter (`training.optimizer.state_specs`); batches are split by rows.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from recalign_jax.errors import InputError, did_you_mean
+
+AXES = ("data", "fsdp", "model")
+
+# Logical axis -> mesh axis. 'data' splits batches only, 'fsdp' batches and parameters, 'model' the width of layers.
+MESH_AXES: dict[str, str | None] = {
+    "layers": None,
+    "vocab": "model",
+    "embed": "fsdp",
+    "heads": "model",  # N, or N * H with heads major
+    "mlp": "model",
+    "buckets": None,
+    "norm": None,
+}
+
+# Path of a parameter -> its logical axes.
+PARAMETER_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"token_embedder/embedding", ("vocab", "embed")),
+    (r"\w+/relpos_bias/rel_embedding", ("heads", "buckets")),
+    (r"\w+/layers/\w*attention/(query|key|value)/kernel", ("layers", "embed", "heads")),
+    (r"\w+/layers/\w*attention/out/kernel", ("layers", "heads", "embed")),
+    (r"\w+/layers/mlp/wi_\d/kernel", ("layers", "embed", "mlp")),
+    (r"\w+/layers/mlp/wo/kernel", ("layers", "mlp", "embed")),
+    (r"\w+/layers/\w+_layer_norm/scale", ("layers", "norm")),
+    (r"\w+/\w+_norm/scale", ("norm",)),
+    (r"decoder/logits_dense/kernel", ("embed", "vocab")),
+)
+
+
+def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns the mesh ('data', 'fsdp', 'model') over all devices (or those given).
+
+    Args:
+      shape: size of each axis, as {'data': 1, 'fsdp': -1, 'model': 2}. One may be -1: the devices that are left.
+        An axis that is absent has size 1.
+      devices: default: all devices of all processes.
+
+    Raises:
+      InputError: for an unknown axis, a bad size, or a product that is not the number of devices.
+    """
+    for name, size in shape.items():
+        if name not in AXES:
+            raise InputError(f"MESH has no axis {name!r}; its axes are {', '.join(AXES)}.{did_you_mean(name, AXES)}")
+        if not isinstance(size, int) or (size < 1 and size != -1):
+            raise InputError(
+                f"MESH axis {name!r} is {size!r}: must be a positive number, or -1 for the devices that are left"
+            )
+    devices = jax.devices() if devices is None else devices
+    sizes = {name: shape.get(name, 1) for name in AXES}
+    open_axes = [name for name, size in sizes.items() if size == -1]
+    if len(open_axes) > 1:
+        raise InputError(f"MESH has -1 for {' and '.join(open_axes)}; only one axis can take the devices that are left")
+    given = int(np.prod([size for size in sizes.values() if size != -1]))
+    if len(devices) % given or (not open_axes and given != len(devices)):
+        raise InputError(
+            f"MESH {dict(shape)} takes {'a multiple of ' if open_axes else ''}{given} devices, but there are "
+            f"{len(devices)}. Set one axis to -1 to use all that are there, as in {{'data': -1}}."
+        )
+    for name in open_axes:
+        sizes[name] = len(devices) // given
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def param_specs(params: Any, mesh: Mesh) -> Any:
+    """Returns the PartitionSpec of every parameter of a model.
+
+    A dimension that its mesh axis doesn't divide evenly (6 heads over 4 devices) is not split: that costs memory, not
+    correctness, and lets every model run on every mesh.
+
+    Args:
+      params: nested dict of arrays or `jax.ShapeDtypeStruct`, as from `abstract_params`.
+      mesh: from `make_mesh`.
+
+    Raises:
+      ValueError: for a parameter that not exactly one row of `PARAMETER_AXES` describes: the table lacks a row.
+    """
+
+    def spec(path: Any, leaf: Any) -> PartitionSpec:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        rows = [axes for pattern, axes in PARAMETER_AXES if re.fullmatch(pattern, name)]
+        if len(rows) != 1 or len(rows[0]) != leaf.ndim:
+            raise ValueError(f"{name!r} of rank {leaf.ndim} needs one row in PARAMETER_AXES, found {rows}")
+        split = zip((MESH_AXES[axis] for axis in rows[0]), leaf.shape, strict=True)
+        return PartitionSpec(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in split))
+
+    return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def with_shardings(params: Any, mesh: Mesh) -> Any:
+    """Returns parameters' shapes and dtypes (`jax.ShapeDtypeStruct`) with the shardings of `param_specs`."""
+    return jax.tree.map(
+        lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),
+        params,
+        param_specs(params, mesh),
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of arrays [B, ...]: rows are split over 'data' and 'fsdp', whose product must divide B."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

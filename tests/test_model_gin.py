@@ -1,0 +1,101 @@
+"""Every model gin file: it builds, has the published size, and takes the macros."""
+
+import json
+import math
+import pathlib
+
+import gin
+import jax
+import pytest
+from flax import nnx
+
+from recalign_jax.model import t5
+from recalign_jax.model.config import T5Config
+from tests.shared_data import shared
+
+FILES = pathlib.Path(__file__).resolve().parents[1] / "gin_configs" / "models"
+# Of the checkpoints google/flan-t5-* as published; tiny and mini by the arithmetic of `count`.
+PUBLISHED = {
+    "flan_t5_small": 76_961_152,
+    "flan_t5_base": 247_577_856,
+    "flan_t5_large": 783_150_080,
+    "flan_t5_xl": 2_849_757_184,
+    "flan_t5_xxl": 11_135_332_352,
+}
+
+
+@pytest.fixture
+def config_of():
+    """Reads a model gin file with bindings on top, as the command line does."""
+
+    def read(name, *bindings):
+        gin.parse_config_files_and_bindings([str(FILES / f"{name}.gin")], bindings)
+        return T5Config()
+
+    gin.clear_config()
+    yield read
+    gin.clear_config()
+
+
+def count(config):
+    """Parameters of a T5.1.1 by arithmetic, not by the code under test."""
+    attention = 4 * config.emb_dim * config.num_heads * config.head_dim
+    mlp = 3 * config.emb_dim * config.mlp_dim
+    encoder = config.num_encoder_layers * (attention + mlp + 2 * config.emb_dim)
+    decoder = config.num_decoder_layers * (2 * attention + mlp + 3 * config.emb_dim)
+    return encoder + decoder + 2 * config.emb_dim + 2 * 32 * config.num_heads + 2 * config.vocab_size * config.emb_dim
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FILES.glob("*.gin")))
+def test_builds_with_the_published_number_of_parameters(config_of, name):
+    config = config_of(name)
+    shapes = jax.tree.leaves(t5.abstract_params(config))
+    total = sum(math.prod(leaf.shape) for leaf in shapes)
+    assert total == PUBLISHED.get(name, count(config)) == count(config)
+    header = (FILES / f"{name}.gin").read_text().split("\n\n")[0]
+    assert header.startswith("#")
+    assert "recalign train --gin_file" in header
+    assert f"{total:,} parameters" in header
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FILES.glob("*.gin")))
+def test_a_training_step_traces(config_of, name):
+    config = config_of(name)
+    tokens = jax.ShapeDtypeStruct((1, 8), "int32")
+
+    def loss(params, tokens):
+        return nnx.merge(t5.graph(config), params)(tokens, tokens, dropout_key=jax.random.key(0)).sum()
+
+    gradients = jax.eval_shape(jax.grad(loss), t5.abstract_params(config), tokens)
+    assert jax.tree.structure(gradients) == jax.tree.structure(t5.abstract_params(config))
+
+
+@pytest.mark.parametrize("size", ["small", "base", "large"])
+def test_sizes_equal_the_published_configs(config_of, size):
+    published = json.loads((shared("data/flan_t5_configs") / f"{size}.json").read_text())
+    config = config_of(f"flan_t5_{size}")
+    assert (config.emb_dim, config.num_heads, config.head_dim, config.mlp_dim) == (
+        published["d_model"],
+        published["num_heads"],
+        published["d_kv"],
+        published["d_ff"],
+    )
+    assert (config.num_encoder_layers, config.num_decoder_layers) == (
+        published["num_layers"],
+        published["num_decoder_layers"],
+    )
+    assert config.vocab_size == published["vocab_size"]
+    assert config.dropout_rate == published["dropout_rate"]
+    assert config.layer_norm_epsilon == published["layer_norm_epsilon"]
+    assert config.relative_attention_num_buckets == published["relative_attention_num_buckets"]
+    assert config.relative_attention_max_distance == published["relative_attention_max_distance"]
+    assert (published["feed_forward_proj"], published["dense_act_fn"]) == ("gated-gelu", "gelu_new")
+    assert config.mlp_activations == ("gelu", "linear")
+    assert config.logits_via_embedding == published["tie_word_embeddings"]
+
+
+def test_macros_override(config_of):
+    bindings = ["DROPOUT_RATE = 0.0", "ACTIVATION_DTYPE = 'bfloat16'", "REMAT = 'full'"]
+    config = config_of("t5_tiny", *bindings)
+    assert (config.dropout_rate, config.activation_dtype, config.remat) == (0.0, "bfloat16", "full")
+    assert (config.emb_dim, config.num_encoder_layers, config.num_decoder_layers) == (64, 2, 2)
