@@ -1,0 +1,160 @@
+"""Registration with SeqIO: every family of a corpus as a task, their mixtures in proportion to examples.
+
+Importing this imports SeqIO and TensorFlow, which takes seconds.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from recalign_jax import terminal
+from recalign_jax.corpus.catalog import ITEM_FORMATS
+from recalign_jax.corpus.corpus import read_corpus
+from recalign_jax.errors import InputError, did_you_mean
+from seqio_tasks import samples, specs, vocabulary
+from seqio_tasks.specs import TaskOptions, TaskSpec
+
+with terminal.quiet_libraries():
+    import seqio
+    import tensorflow as tf
+
+    # No accelerator memory for TensorFlow: it only moves token ids here.
+    tf.config.set_visible_devices([], "GPU")
+    tf.config.set_visible_devices([], "TPU")
+
+
+class ItemVocabulary(seqio.SentencePieceVocabulary):
+    """T5's vocabulary with item tokens on top; for SeqIO's features, which decode and need the size."""
+
+    def __init__(self, spec: TaskSpec):
+        super().__init__(spec.vocabulary.path, extra_ids=vocabulary.NUM_SENTINELS)
+        self._spec = spec
+
+    @property
+    def _base_vocab_size(self) -> int:
+        return self._spec.num_tokens  # SeqIO decodes what lies above as unknown
+
+    def _decode(self, ids) -> str:
+        return self._spec.vocabulary.decode(ids)
+
+    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+        # TensorFlow's tokenizer fails on ids that it doesn't know.
+        return super()._decode_tf(tf.where(ids < self._spec.vocabulary.num_tokens, ids, vocabulary.UNK_ID))
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, ItemVocabulary) and (self._spec.vocabulary.fingerprint, self.vocab_size) == (
+            other._spec.vocabulary.fingerprint,
+            other.vocab_size,
+        )
+
+
+class SampleSource(seqio.DataSource):
+    """The examples of a task as indices, fully shuffled; `_render` writes them.
+
+    Attributes:
+      spec: the task; our trainer takes it from here and writes samples itself, by index arithmetic.
+    """
+
+    def __init__(self, spec: TaskSpec):
+        self.spec = spec
+        counts = {split: samples.num_examples(spec, split) for split in samples.SPLITS}
+        super().__init__(samples.SPLITS, counts, caching_permitted=False, performs_internal_shuffling=True)
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        return True
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        return [split]
+
+    def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **unused) -> tf.data.Dataset:
+        """Indices of a split as `{"split": str, "index": int64}`."""
+        del unused
+        count = self.num_input_examples(split)
+        dataset = tf.data.Dataset.range(count)
+        if shard_info:
+            dataset = dataset.shard(shard_info.num_shards, shard_info.index)
+        if shuffle:
+            dataset = dataset.shuffle(max(count, 1), seed=seed)
+        return dataset.map(lambda index: {"split": tf.constant(split), "index": index})
+
+
+def _render(dataset: tf.data.Dataset, sequence_length: Mapping[str, int] | None, spec: TaskSpec) -> tf.data.Dataset:
+    limits = samples.NO_LIMITS
+    if sequence_length:
+        limits = samples.Limits(sequence_length["inputs"], sequence_length["targets"])
+
+    def write(split: bytes, index: np.int64, seed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        # SeqIO gives every example of every epoch a seed of its own, so the epoch is in it.
+        return samples.render(spec, split.decode(), int(index), seed=int(seed[0]), limits=limits)
+
+    @seqio.map_over_dataset(num_seeds=1)
+    def write_example(example: Mapping[str, tf.Tensor], seed: tf.Tensor) -> Mapping[str, tf.Tensor]:
+        inputs, targets = tf.numpy_function(write, [example["split"], example["index"], seed], (tf.int32, tf.int32))
+        return {"inputs": tf.ensure_shape(inputs, [None]), "targets": tf.ensure_shape(targets, [None])}
+
+    return write_example(dataset)
+
+
+def register(corpus_dir: str, vocabulary_path: str) -> list[str]:
+    """Registers the tasks and mixtures of a prepared corpus with SeqIO, with the options that gin holds.
+
+    Call it after gin is parsed. Registering again replaces what was there, so it may be called any number of times.
+
+    Args:
+      corpus_dir: the folder of a prepared corpus.
+      vocabulary_path: a SentencePiece model in T5's layout.
+
+    Returns:
+      The names registered.
+    """
+    corpus = read_corpus(corpus_dir)
+    words, options = vocabulary.load(vocabulary_path), TaskOptions()
+    rate = functools.partial(
+        seqio.mixing_rate_num_examples,
+        maximum=options.mixture_maximum,
+        temperature=options.mixture_temperature,
+    )
+    names = []
+    for item_format in ITEM_FORMATS:
+        for family in specs.FAMILIES:
+            spec = specs.make_spec(corpus, family, item_format, words, options)
+            feature = seqio.Feature(ItemVocabulary(spec), add_eos=True, dtype=tf.int32)
+            seqio.TaskRegistry.remove(spec.name)
+            seqio.TaskRegistry.add(
+                spec.name,
+                source=SampleSource(spec),
+                preprocessors=[functools.partial(_render, spec=spec)],
+                output_features={"inputs": feature, "targets": feature},
+                shuffle_buffer_size=None,
+            )
+            names.append(spec.name)
+        for mixture, families in specs.MIXTURES.items():
+            name = f"{corpus.name}_{specs.with_format(mixture, item_format)}"
+            seqio.MixtureRegistry.remove(name)
+            seqio.MixtureRegistry.add(
+                name, [(f"{corpus.name}_{specs.with_format(family, item_format)}", rate) for family in families]
+            )
+            names.append(name)
+    return names
+
+
+def components(name: str) -> list[tuple[TaskSpec, float]]:
+    """The tasks of a registered task or mixture with their mixing rates, which sum to one.
+
+    Raises:
+      InputError: for an unknown name, or a task that holds no samples of ours.
+    """
+    known = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+    if name not in known:
+        raise InputError(f"Unknown task or mixture {name!r}.{did_you_mean(name, known)}")
+    provider = seqio.get_mixture_or_task(name)
+    tasks = sorted(seqio.get_subtasks(provider), key=lambda task: task.name)
+    for task in tasks:
+        if not isinstance(task.source, SampleSource):
+            raise InputError(
+                f"Task {task.name!r} has a source of its own; the trainer reads tasks of prepared corpora."
+            )
+    rates = [provider.get_rate(task) if isinstance(provider, seqio.Mixture) else 1.0 for task in tasks]
+    return [(task.source.spec, float(rate) / sum(rates)) for task, rate in zip(tasks, rates, strict=True)]
