@@ -1,0 +1,213 @@
+"""From (mixture, seed) to packed batches, by arithmetic: no sample depends on the one before it.
+
+The stream of samples is cut into windows. Which samples of which task stand in window w is computed from w
+alone; a window is rendered and packed by itself. Windows belong to fixed logical shards (window w to shard
+w mod S), every batch takes the same number of rows from each shard, and a process reads some of the shards.
+So the position of a run is (window, row) of each shard: resuming replays nothing, and the batches do not
+depend on the number of processes.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import gin
+import grain
+import numpy as np
+from absl import flags
+
+from recalign_jax.errors import InputError
+from recalign_jax.training import packing
+from seqio_tasks import samples
+from seqio_tasks.specs import TaskSpec
+
+Batch = dict[str, np.ndarray]
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class InputOptions:
+    """How samples become batches.
+
+    Attributes:
+      task_feature_lengths: tokens of a row, `{"inputs": L, "targets": T}`.
+      batch_size: packed rows of a step, over all processes.
+      loss_normalization: `samples` or `tokens`; see `packing.pack`.
+      window: samples that are rendered and packed together.
+      data_shards: S, the logical shards; must divide batch_size, and the number of processes must divide it.
+        None takes the greatest common divisor of batch_size and 8.
+      workers: processes that render windows for each shard; 0 renders in a thread.
+    """
+
+    task_feature_lengths: dict[str, int] = dataclasses.field(default_factory=lambda: {"inputs": 512, "targets": 128})
+    batch_size: int = 32
+    loss_normalization: str = "samples"
+    window: int = 2048
+    data_shards: int | None = None
+    workers: int = 0
+
+    def num_shards(self) -> int:
+        return int(np.gcd(self.batch_size, 8)) if self.data_shards is None else self.data_shards
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """An endless stream of samples: tasks in their proportions, each shuffled anew every epoch."""
+
+    specs: tuple[TaskSpec, ...]
+    rates: tuple[float, ...]
+    split: str
+    seed: int
+    options: InputOptions
+
+
+def make_stream(components: Sequence[tuple[TaskSpec, float]], split: str, seed: int, options: InputOptions) -> Stream:
+    """Checks that the samples fit the rows, and puts the largest task first.
+
+    Raises:
+      InputError: when options contradict one another, a row is too short for a sample, or a task has no examples.
+    """
+    lengths = options.task_feature_lengths
+    if set(lengths) != {"inputs", "targets"}:
+        raise InputError(f"TASK_FEATURE_LENGTHS must name inputs and targets, not {sorted(lengths)}.")
+    if options.loss_normalization not in packing.LOSS_NORMALIZATIONS:
+        raise InputError(f"LOSS_NORMALIZATION {options.loss_normalization!r} is none of {packing.LOSS_NORMALIZATIONS}.")
+    if options.batch_size < 1 or options.num_shards() < 1 or options.batch_size % options.num_shards():
+        raise InputError(f"BATCH_SIZE {options.batch_size} is no multiple of the {options.num_shards()} data shards.")
+    # Below this a task's count could fall from one window to the next (see `counts_before`).
+    smallest = max(1, len(components) * (len(components) - 1))
+    if options.window < smallest:
+        raise InputError(f"A window of {options.window} samples is too small for {len(components)} tasks.")
+    ordered = sorted(components, key=lambda component: -component[1])
+    for spec, _ in ordered:
+        if samples.num_examples(spec, split) == 0:
+            raise InputError(f"Task {spec.name} has no {split} examples: its users have too few interactions.")
+        shortest = samples.shortest_row(spec)
+        for feature, needed in shortest.items():
+            if lengths[feature] < needed:
+                raise InputError(
+                    f"TASK_FEATURE_LENGTHS {feature}={lengths[feature]} is too short for {spec.name}: "
+                    f"one item and the question may need {needed}."
+                )
+    return Stream(tuple(s for s, _ in ordered), tuple(r for _, r in ordered), split, seed, options)
+
+
+def counts_before(rates: Sequence[float], n: int) -> np.ndarray:
+    """How many of the first n samples belong to each task, int64 [tasks]; the first task takes the remainder.
+
+    The count of a task is never off its share by more than the number of tasks. The first task's can fall by less
+    than that number from n to n + 1 when there are three or more; over a window it can't.
+    """
+    counts = np.floor(np.asarray(rates) * n).astype(np.int64)
+    counts[0] = n - counts[1:].sum()
+    return counts
+
+
+@functools.lru_cache(maxsize=64)
+def _shuffled(count: int, seed: int) -> grain.MapDataset:
+    """Endless positions -> 0 .. count - 1, a new permutation every epoch, each found without the others."""
+    return grain.MapDataset.range(count).shuffle(seed=seed).repeat()
+
+
+def addresses(stream: Stream, window: int) -> list[tuple[int, int, int]]:
+    """The samples of a window: (task number, epoch, index in the epoch)."""
+    size = stream.options.window
+    first, last = counts_before(stream.rates, window * size), counts_before(stream.rates, (window + 1) * size)
+    found = []
+    for task, spec in enumerate(stream.specs):
+        count = samples.num_examples(spec, stream.split)
+        shuffled = _shuffled(count, (stream.seed * 1_000_003 + task) % 2**32)
+        found += [(task, position // count, shuffled[position]) for position in range(first[task], last[task])]
+    return found
+
+
+def pack_window(stream: Stream, window: int) -> Batch:
+    """Renders and packs one window; its rows stand in a seeded random order."""
+    options = stream.options
+    lengths = options.task_feature_lengths
+    limits = samples.Limits(**lengths)
+    where = addresses(stream, window)
+    rendered = [
+        samples.render(stream.specs[task], stream.split, index, epoch, stream.seed, limits)
+        for task, epoch, index in where
+    ]
+    rows = packing.pack(
+        [sample.inputs for sample in rendered],
+        [sample.targets for sample in rendered],
+        np.asarray([task for task, _, _ in where]),
+        lengths["inputs"],
+        lengths["targets"],
+        options.loss_normalization,
+    )
+    shuffle = np.random.Generator(np.random.Philox(key=[stream.seed, window])).permutation(
+        len(rows["encoder_input_tokens"])
+    )
+    return {name: array[shuffle] for name, array in rows.items()}
+
+
+class PackedBatches:
+    """Iterator over this process's part of each batch, with the position after it.
+
+    Yields:
+      (batch, positions): arrays of this process's rows, and int64 [shards of this process, 2], the window and
+      row at which each shard goes on after this batch.
+    """
+
+    def __init__(self, stream: Stream, positions: np.ndarray, process: int = 0, num_processes: int = 1):
+        shards = stream.options.num_shards()
+        if shards % num_processes:
+            raise InputError(
+                f"{shards} data shards can't be read by {num_processes} processes: "
+                f"--gin.InputOptions.data_shards={num_processes}, or a multiple of it that divides BATCH_SIZE."
+            )
+        self._rows = stream.options.batch_size // shards
+        self._shards = [
+            _Shard(stream, shards, *positions[shard])
+            for shard in range(process * shards // num_processes, (process + 1) * shards // num_processes)
+        ]
+
+    def __iter__(self) -> Iterator[tuple[Batch, np.ndarray]]:
+        return self
+
+    def __next__(self) -> tuple[Batch, np.ndarray]:
+        parts = [shard.take(self._rows) for shard in self._shards]
+        batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return batch, np.asarray([shard.position for shard in self._shards], np.int64)
+
+
+def start_positions(options: InputOptions) -> np.ndarray:
+    """Where a new run begins, int64 [S, 2]: shard s at row 0 of window s."""
+    shards = options.num_shards()
+    return np.stack([np.arange(shards), np.zeros(shards, np.int64)], axis=1)
+
+
+class _Shard:
+    """Every S-th window, row by row; Grain renders the next window while this one is used."""
+
+    def __init__(self, stream: Stream, num_shards: int, window: int, row: int):
+        self._step = num_shards
+        self.position = (int(window), int(row))
+        windows = grain.MapDataset.range(int(window), 2**62, num_shards).map(functools.partial(pack_window, stream))
+        prefetched = windows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+        if stream.options.workers:
+            # Grain's workers read absl's flags, which only absl's own main function parses.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            prefetched = prefetched.mp_prefetch(grain.MultiprocessingOptions(num_workers=stream.options.workers))
+        self._windows = iter(prefetched)
+        self._current = next(self._windows)
+
+    def take(self, count: int) -> Batch:
+        """The next `count` rows, over the end of a window if need be."""
+        parts = []
+        while count:
+            window, row = self.position
+            available = len(self._current["encoder_input_tokens"])
+            if row >= available:
+                self._current, self.position = next(self._windows), (window + self._step, 0)
+                continue
+            taken = min(count, available - row)
+            parts.append({name: array[row : row + taken] for name, array in self._current.items()})
+            self.position = (window, row + taken)
+            count -= taken
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

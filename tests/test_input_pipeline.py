@@ -1,0 +1,281 @@
+"""The input pipeline: exact proportions, whole epochs, and batches that depend on nothing but (mixture, seed)."""
+
+import dataclasses
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recalign_jax.errors import InputError
+from recalign_jax.training import input_pipeline, packing
+from recalign_jax.training.input_pipeline import InputOptions, PackedBatches, Stream
+from seqio_tasks import samples, specs
+from seqio_tasks.samples import Limits
+from seqio_tasks.specs import TaskOptions, TaskSpec
+
+OPTIONS = InputOptions({"inputs": 256, "targets": 64}, batch_size=8, window=12, data_shards=4)
+FEATURES = ("encoder_input_tokens", "encoder_segment_ids", "decoder_input_tokens", "decoder_target_tokens")
+
+
+@pytest.fixture(scope="module")
+def components(shop_corpus, shop_words) -> list[tuple[TaskSpec, float]]:
+    tasks = [specs.make_spec(shop_corpus, name, "title", shop_words, TaskOptions()) for name in specs.FAMILIES]
+    counts = np.asarray([samples.num_examples(task, "train") for task in tasks])
+    return list(zip(tasks, (counts / counts.sum()).tolist(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def stream(components) -> Stream:
+    return input_pipeline.make_stream(components, "train", 11, OPTIONS)
+
+
+def take(stream: Stream, count: int, positions=None, process: int = 0, num_processes: int = 1):
+    """The first batches and the positions after each."""
+    start = input_pipeline.start_positions(stream.options) if positions is None else positions
+    return list(itertools.islice(PackedBatches(stream, start, process, num_processes), count))
+
+
+def assert_equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert set(one) == set(other)
+    for name, values in one.items():
+        np.testing.assert_array_equal(values, other[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def run(stream):
+    """Sixteen batches: every shard goes through several windows."""
+    found = take(stream, 16)
+    assert found[-1][1][:, 0].max() >= 2 * stream.options.num_shards()
+    return found
+
+
+# Proportions.
+
+
+@st.composite
+def rates(draw) -> list[float]:
+    """Rates of one to six tasks, the largest first, as `make_stream` orders them."""
+    counts = draw(st.lists(st.integers(1, 10**6), min_size=1, max_size=6))
+    return sorted((count / sum(counts) for count in counts), reverse=True)
+
+
+@settings(max_examples=300)
+@given(rates=rates(), n=st.integers(0, 10**12), window=st.integers(30, 5000))
+def test_counts_are_exact(rates, n, window):
+    counts, after = input_pipeline.counts_before(rates, n), input_pipeline.counts_before(rates, n + window)
+    assert counts.dtype == np.int64
+    assert counts.sum() == n
+    assert (np.abs(counts - np.asarray(rates) * n) <= len(rates)).all()
+    assert (after >= counts).all()  # from one window to the next; 30 = 6 * 5 samples are enough for six tasks
+
+
+@settings(max_examples=100)
+@given(share=st.floats(0.5, 1), n=st.integers(0, 10**9))
+def test_counts_of_two_tasks_grow_with_every_sample(share, n):
+    rates = [share, 1 - share]
+    step = input_pipeline.counts_before(rates, n + 1) - input_pipeline.counts_before(rates, n)
+    assert sorted(step.tolist()) == [0, 1]
+
+
+def addresses(stream: Stream, windows: int) -> list[tuple[int, int, int]]:
+    return [address for window in range(windows) for address in input_pipeline.addresses(stream, window)]
+
+
+def test_every_window_has_its_samples(stream):
+    for window in range(5):
+        found = input_pipeline.addresses(stream, window)
+        assert len(found) == stream.options.window
+        assert all(isinstance(number, int) for address in found for number in address)
+
+
+def test_every_epoch_sees_each_example_once(stream):
+    found = addresses(stream, 240)
+    seen = Counter(found)
+    assert set(seen.values()) == {1}
+    for task, spec in enumerate(stream.specs):
+        count = samples.num_examples(spec, "train")
+        last = max(epoch for number, epoch, _ in found if number == task)
+        assert last >= 2
+        for epoch in range(last):  # the last one is still under way
+            assert {index for number, e, index in found if (number, e) == (task, epoch)} == set(range(count))
+
+
+def test_every_epoch_and_seed_has_an_order_of_its_own(stream):
+    def order(stream: Stream, task: int, epoch: int) -> list[int]:
+        return [index for number, e, index in addresses(stream, 160) if (number, e) == (task, epoch)]
+
+    reseeded = dataclasses.replace(stream, seed=12)
+    for task in range(len(stream.specs)):
+        orders = [order(stream, task, 0), order(stream, task, 1), order(reseeded, task, 0), order(reseeded, task, 1)]
+        for one, other in itertools.combinations(orders, 2):
+            assert len(one) > 40
+            assert sum(a == b for a, b in zip(one, other, strict=True)) < len(one) / 4
+
+
+# Batches.
+
+
+def test_a_window_holds_its_samples(stream):
+    limits = Limits(**OPTIONS.task_feature_lengths)
+    for window in (0, 7):
+        rows = input_pipeline.pack_window(stream, window)
+        found = Counter()
+        for row in range(len(rows["encoder_input_tokens"])):
+            for segment in range(1, rows["encoder_segment_ids"][row].max() + 1):
+                tokens = rows["encoder_input_tokens"][row][rows["encoder_segment_ids"][row] == segment]
+                answer = rows["decoder_target_tokens"][row][rows["decoder_segment_ids"][row] == segment]
+                task = rows["decoder_task_ids"][row][rows["decoder_segment_ids"][row] == segment][0]
+                found[(tuple(tokens), tuple(answer), task)] += 1
+        expected = Counter()
+        for task, epoch, index in input_pipeline.addresses(stream, window):
+            sample = samples.render(stream.specs[task], "train", index, epoch, stream.seed, limits)
+            expected[(tuple(sample.inputs), tuple(sample.targets), task)] += 1
+        assert found == expected
+
+
+def test_masks_of_a_later_epoch_are_new(stream):
+    mim = next(number for number, spec in enumerate(stream.specs) if spec.family == "mim")
+    epochs = {epoch for number, epoch, _ in addresses(stream, 160) if number == mim}
+    assert len(epochs) > 1
+    users = np.flatnonzero(stream.specs[mim].corpus.training_lengths[stream.specs[mim].corpus.lengths > 10] > 10)[:10]
+    same = [
+        np.array_equal(
+            samples.render(stream.specs[mim], "train", int(user), 0, stream.seed).inputs,
+            samples.render(stream.specs[mim], "train", int(user), 1, stream.seed).inputs,
+        )
+        for user in users
+    ]
+    assert np.mean(same) < 0.5
+
+
+def test_shards_are_read_window_by_window(stream, run):
+    """A shard's rows in all batches are the rows of its windows, one after the other."""
+    shards, rows = OPTIONS.num_shards(), OPTIONS.batch_size // OPTIONS.num_shards()
+    for shard in range(shards):
+        windows = [input_pipeline.pack_window(stream, window) for window in range(shard, 8 * shards, shards)]
+        for name in FEATURES:
+            expected = np.concatenate([window[name] for window in windows])
+            found = np.concatenate([batch[name][shard * rows : (shard + 1) * rows] for batch, _ in run])
+            np.testing.assert_array_equal(found, expected[: len(found)])
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_batches_do_not_depend_on_the_number_of_processes(stream, run, num_processes):
+    parts = [take(stream, 6, process=process, num_processes=num_processes) for process in range(num_processes)]
+    for number, (batch, positions) in enumerate(run[:6]):
+        own = [part[number] for part in parts]
+        assert_equal(batch, {name: np.concatenate([piece[name] for piece, _ in own]) for name in batch})
+        np.testing.assert_array_equal(positions, np.concatenate([where for _, where in own]))
+
+
+@settings(max_examples=25)
+@given(k=st.integers(1, 13), num_processes=st.sampled_from([1, 2]))
+def test_resuming_after_any_batch_goes_on_exactly(stream, run, k, num_processes):
+    positions = run[k - 1][1]
+    parts = [
+        take(stream, 3, positions, process=process, num_processes=num_processes) for process in range(num_processes)
+    ]
+    for number in range(3):
+        batch = {name: np.concatenate([part[number][0][name] for part in parts]) for name in FEATURES}
+        assert_equal({name: run[k + number][0][name] for name in FEATURES}, batch)
+        np.testing.assert_array_equal(run[k + number][1], np.concatenate([part[number][1] for part in parts]))
+
+
+def test_another_seed_gives_other_batches(stream, run):
+    [(batch, _)] = take(dataclasses.replace(stream, seed=12), 1)
+    assert not np.array_equal(batch["encoder_input_tokens"], run[0][0]["encoder_input_tokens"])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32 - 1])
+def test_any_seed_will_do(components, seed):
+    batches = take(input_pipeline.make_stream(components, "train", seed, OPTIONS), 1)
+    assert batches[0][0]["decoder_loss_weights"].sum() > 0
+
+
+def test_worker_processes_give_the_same_batches(components):
+    options = dataclasses.replace(OPTIONS, data_shards=1)
+    one, other = (
+        take(input_pipeline.make_stream(components, "train", 0, dataclasses.replace(options, workers=workers)), 12)
+        for workers in (0, 1)
+    )
+    assert other[-1][1][0, 0] > 1
+    for (batch, positions), (expected, where) in zip(other, one, strict=True):
+        assert_equal(batch, expected)
+        np.testing.assert_array_equal(positions, where)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_held_out_splits_stream_too(components, split):
+    stream = input_pipeline.make_stream(components, split, 0, OPTIONS)
+    found = [address for address in addresses(stream, 40) if address[1] == 0]
+    assert {index for task, _, index in found if task == 0} == set(range(samples.num_examples(stream.specs[0], split)))
+    assert take(stream, 1)[0][0]["decoder_loss_weights"].sum() > 0
+
+
+def test_the_largest_task_comes_first(components):
+    for order in (components, components[::-1]):
+        stream = input_pipeline.make_stream(order, "train", 0, OPTIONS)
+        assert [spec.family for spec in stream.specs] == ["retrieval", "mim"]
+        assert stream.rates == tuple(sorted((rate for _, rate in components), reverse=True))
+
+
+def test_shards_by_default():
+    assert [InputOptions(batch_size=size).num_shards() for size in (1, 6, 8, 32, 100)] == [1, 2, 8, 8, 4]
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"batch_size": 0}, "BATCH_SIZE 0"),
+        ({"batch_size": 6}, "BATCH_SIZE 6 is no multiple of the 4 data shards"),
+        ({"data_shards": 0}, "data shards"),
+        ({"data_shards": -1}, "data shards"),
+        ({"window": 0}, "window of 0"),
+        ({"loss_normalization": "sample"}, "LOSS_NORMALIZATION 'sample'"),
+        ({"task_feature_lengths": {"inputs": 256}}, "must name inputs and targets"),
+        ({"task_feature_lengths": {"inputs": 256, "targets": 64, "x": 1}}, "must name inputs and targets"),
+        ({"task_feature_lengths": {"inputs": 20, "targets": 64}}, "inputs=20 is too short for shop_retrieval"),
+        ({"task_feature_lengths": {"inputs": 256, "targets": 5}}, "targets=5 is too short for shop_retrieval"),
+    ],
+)
+def test_options_that_do_not_fit(components, changed, message):
+    with pytest.raises(InputError, match=message):
+        input_pipeline.make_stream(components, "train", 0, dataclasses.replace(OPTIONS, **changed))
+
+
+def test_rows_that_just_hold_one_sample_are_enough(components):
+    needed = [samples.shortest_row(spec) for spec, _ in components]
+    lengths = {feature: max(row[feature] for row in needed) for feature in ("inputs", "targets")}
+    options = dataclasses.replace(OPTIONS, task_feature_lengths=lengths)
+    assert take(input_pipeline.make_stream(components, "train", 0, options), 2)
+    for feature in lengths:
+        short = dataclasses.replace(options, task_feature_lengths={**lengths, feature: lengths[feature] - 1})
+        with pytest.raises(InputError, match=f"{feature}={lengths[feature] - 1} is too short"):
+            input_pipeline.make_stream(components, "train", 0, short)
+
+
+def test_more_processes_than_shards(stream):
+    with pytest.raises(InputError, match=r"4 data shards can't be read by 3 processes.*data_shards=3"):
+        take(stream, 1, num_processes=3)
+
+
+def test_a_split_without_examples(components):
+    spec = components[0][0]
+    nobody = dataclasses.replace(spec.corpus, user_offsets=np.arange(10), items=spec.corpus.items[:9])
+    with pytest.raises(InputError, match="has no train examples"):
+        input_pipeline.make_stream([(dataclasses.replace(spec, corpus=nobody), 1.0)], "train", 0, OPTIONS)
+
+
+def test_normalizations_reach_the_rows(components):
+    for normalization in packing.LOSS_NORMALIZATIONS:
+        options = dataclasses.replace(OPTIONS, loss_normalization=normalization)
+        rows = input_pipeline.pack_window(input_pipeline.make_stream(components, "train", 0, options), 0)
+        tokens = (rows["decoder_segment_ids"] > 0).sum()
+        expected = OPTIONS.window if normalization == "samples" else tokens
+        assert rows["decoder_loss_weights"].sum() == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,218 @@
+"""Losses against plain formulas, and packed batches against their samples one by one through a tiny model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from recalign_jax.model import t5
+from recalign_jax.model.config import T5Config
+from recalign_jax.training import losses, packing
+from recalign_jax.training.step import TrainState, loss_and_sums, make_eval_step, make_train_step
+
+VOCAB, NUM_TASKS, LENGTH, TARGET_LENGTH = 40, 3, 24, 12
+CONFIG = T5Config(
+    emb_dim=16,
+    num_heads=2,
+    head_dim=8,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    mlp_dim=16,
+    vocab_size=VOCAB,
+    dropout_rate=0.5,
+    activation_dtype="float32",
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """(graphdef, params) with weights large enough for logits far from uniform."""
+    params = jax.jit(lambda key: t5.init_params(CONFIG, key))(jax.random.key(0))
+    return t5.graph(CONFIG), jax.tree.map(lambda leaf: 2 * leaf, params)
+
+
+@pytest.fixture(scope="module")
+def window():
+    """(inputs, targets, tasks) of 21 samples."""
+    random = np.random.default_rng(1)
+    inputs = [random.integers(3, VOCAB, size).astype(np.int32) for size in random.integers(1, LENGTH, 21)]
+    targets = [random.integers(3, VOCAB, size).astype(np.int32) for size in random.integers(1, TARGET_LENGTH, 21)]
+    return inputs, targets, np.arange(21) % NUM_TASKS
+
+
+def packed(window, normalization: str) -> dict[str, jax.Array]:
+    """Rows of the window, filled up with empty rows to a fixed number."""
+    rows = packing.pack(*window, LENGTH, TARGET_LENGTH, normalization)
+    return {name: jnp.asarray(np.pad(values, ((0, 21 - len(values)), (0, 0)))) for name, values in rows.items()}
+
+
+@pytest.fixture(scope="module")
+def eval_step(model):
+    return jax.jit(make_eval_step(model[0], NUM_TASKS))
+
+
+# Formulas.
+
+
+def plain_cross_entropy(logits: np.ndarray, targets: np.ndarray, z_loss: float) -> tuple[np.ndarray, np.ndarray]:
+    """-log softmax(logits)[target] and z_loss * log(sum exp)**2, token by token in float64."""
+    entropy, z = np.zeros(targets.shape), np.zeros(targets.shape)
+    for place in np.ndindex(targets.shape):
+        scores = logits[place].astype(np.float64)
+        log_normalizer = scores.max() + np.log(np.exp(scores - scores.max()).sum())
+        entropy[place] = log_normalizer - scores[targets[place]]
+        z[place] = z_loss * log_normalizer**2
+    return entropy, z
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1, 0), (20, 0), (3, 500), (3, -500)])
+def test_cross_entropy_and_z_loss(scale, shift):
+    random = np.random.default_rng(0)
+    logits = (scale * random.normal(size=(3, 5, 17)) + shift).astype(np.float32)
+    targets = random.integers(0, 17, (3, 5))
+    found = losses.cross_entropy(jnp.asarray(logits), jnp.asarray(targets), 1e-3)
+    for ours, expected in zip(found, plain_cross_entropy(logits, targets, 1e-3), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6 * max(1, abs(shift)))
+
+
+def test_gradient_of_the_loss():
+    """(1 + 2 z log Z) softmax - one-hot, as T5X's custom gradient has it."""
+    random = np.random.default_rng(0)
+    logits, targets, z_loss = random.normal(size=(6, 11)).astype(np.float32), random.integers(0, 11, 6), 0.1
+    found = jax.grad(lambda x: sum(part.sum() for part in losses.cross_entropy(x, jnp.asarray(targets), z_loss)))(
+        jnp.asarray(logits)
+    )
+    normalizer = np.exp(logits.astype(np.float64)).sum(axis=-1, keepdims=True)
+    expected = (1 + 2 * z_loss * np.log(normalizer)) * np.exp(logits) / normalizer - np.eye(11)[targets]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_masked_rows_of_the_vocabulary_do_not_matter():
+    logits = np.random.default_rng(0).normal(size=(4, 9)).astype(np.float32)
+    padded = np.concatenate([logits, np.full((4, 3), -1e10, np.float32)], axis=1)
+    targets = jnp.asarray([0, 8, 3, 3])
+    for one, other in zip(*(losses.cross_entropy(jnp.asarray(x), targets, 1.0) for x in (logits, padded)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+@pytest.mark.parametrize("normalization", packing.LOSS_NORMALIZATIONS)
+def test_sums_are_weighted_sums(window, normalization):
+    batch = packed(window, normalization)
+    entropy, z = np.random.default_rng(0).random((2, 21, TARGET_LENGTH)).astype(np.float32)
+    sums = jax.device_get(losses.summed(batch, jnp.asarray(entropy), jnp.asarray(z), NUM_TASKS))
+    rows = {name: np.asarray(values) for name, values in batch.items()}
+    weights, tasks = rows["decoder_loss_weights"], rows["decoder_task_ids"]
+    real = rows["decoder_segment_ids"] > 0
+    assert sums["loss"] == pytest.approx((weights * entropy).sum(), rel=1e-5)
+    assert sums["z_loss"] == pytest.approx((weights * z).sum(), rel=1e-5)
+    assert sums["weight"] == pytest.approx(21 if normalization == "samples" else sum(map(len, window[1])), rel=1e-5)
+    assert sums["input_tokens"] == sum(map(len, window[0]))
+    assert sums["target_tokens"] == sum(map(len, window[1]))
+    assert sums["slots"] == 21 * LENGTH
+    for task in range(NUM_TASKS):
+        here = real & (tasks == task)
+        assert sums["task_loss"][task] == pytest.approx((weights * entropy)[here].sum(), rel=1e-5)
+        assert sums["task_weight"][task] == pytest.approx(weights[here].sum(), rel=1e-5)
+        assert sums["task_tokens"][task] == here.sum()
+    assert sums["task_loss"].sum() == pytest.approx(sums["loss"], rel=1e-5)
+    assert sums["task_weight"].sum() == pytest.approx(sums["weight"], rel=1e-5)
+    assert sums["task_tokens"].sum() == sums["target_tokens"]
+
+
+# Through a model.
+
+
+@pytest.fixture(scope="module")
+def alone(model, window):
+    """Cross-entropies of each sample's target, the sample in a row of its own without segment ids."""
+    graphdef, params = model
+    inputs, targets, _ = window
+    rows = {"inputs": np.zeros((21, LENGTH), np.int32), "decoder": np.zeros((21, TARGET_LENGTH), np.int32)}
+    for row, (tokens, target) in enumerate(zip(inputs, targets, strict=True)):
+        rows["inputs"][row, : len(tokens)] = tokens
+        rows["decoder"][row, 1 : len(target)] = target[:-1]
+    logits = np.asarray(jax.jit(lambda *arrays: nnx.merge(graphdef, params)(*arrays))(rows["inputs"], rows["decoder"]))
+    return [plain_cross_entropy(logits[row, : len(target)], target, 0)[0] for row, target in enumerate(targets)]
+
+
+@pytest.mark.parametrize("normalization", packing.LOSS_NORMALIZATIONS)
+def test_the_loss_of_a_packed_batch_is_that_of_its_samples(model, window, alone, eval_step, normalization):
+    batch = packed(window, normalization)
+    assert int((batch["encoder_segment_ids"].max(axis=1) > 0).sum()) < 21 - 5  # rows hold several samples
+    sums = jax.device_get(eval_step(model[1], batch))
+    expected = np.zeros(NUM_TASKS)
+    for entropy, task in zip(alone, window[2], strict=True):
+        expected[task] += entropy.mean() if normalization == "samples" else entropy.sum()
+    np.testing.assert_allclose(sums["task_loss"], expected, rtol=2e-5)
+    assert sums["loss"] == pytest.approx(expected.sum(), rel=2e-5)
+    assert sums["z_loss"] == 0
+
+
+def test_sums_of_batches_add_up(model, window, eval_step):
+    batch = packed(window, "samples")
+    whole = jax.device_get(eval_step(model[1], batch))
+    halves = [
+        jax.device_get(eval_step(model[1], {name: jnp.where(mask[:, None], rows, 0) for name, rows in batch.items()}))
+        for mask in (jnp.arange(21) % 2 == 0, jnp.arange(21) % 2 == 1)
+    ]
+    for name, value in whole.items():
+        if name != "slots":  # of a fixed number of rows
+            np.testing.assert_allclose(halves[0][name] + halves[1][name], value, rtol=1e-5, err_msg=name)
+
+
+# The step, with a model that compiles at once.
+
+
+class Toy(nnx.Module):
+    """The next token from the last one, with dropout."""
+
+    def __init__(self):
+        self.kernel = nnx.Param(jax.random.normal(jax.random.key(0), (VOCAB, VOCAB)))
+
+    def __call__(self, inputs, decoder_inputs, encoder_segments, decoder_segments, dropout_key):
+        logits = self.kernel[...][decoder_inputs]
+        return logits * jax.random.bernoulli(dropout_key, 0.5, logits.shape)
+
+
+LEARNING_RATE = 0.1
+
+
+@pytest.fixture(scope="module")
+def stepped(window):
+    """A function (step number, seed) -> (state before, state after, sums) for plain gradient descent."""
+    graphdef, state = nnx.split(Toy())
+    batch, optimizer = packed(window, "samples"), optax.sgd(LEARNING_RATE)
+    params = nnx.to_pure_dict(state)
+
+    def run(number: int, seed: int):
+        before = TrainState(jnp.int32(number), params, optimizer.init(params))
+        return before, *jax.jit(make_train_step(graphdef, optimizer, 0.01, NUM_TASKS, seed))(before, batch)
+
+    return run
+
+
+def test_a_step_depends_on_its_number_and_the_seed_alone(stepped):
+    losses_of = {where: float(stepped(*where)[2]["loss"]) for where in ((0, 0), (1, 0), (0, 1))}
+    assert losses_of[0, 0] == float(stepped(0, 0)[2]["loss"])
+    assert len(set(losses_of.values())) == 3  # dropout differs
+
+
+def test_a_step_follows_the_gradient_of_the_mean_loss(stepped, window):
+    graphdef, _ = nnx.split(Toy())
+    before, after, sums = stepped(3, 7)
+    key = jax.random.fold_in(jax.random.key(7, impl="rbg"), 3)
+
+    def loss(params) -> float:
+        return float(loss_and_sums(graphdef, params, packed(window, "samples"), 0.01, NUM_TASKS, key)[0])
+
+    assert int(after.step) == 4
+    assert float(sums["steps"]) == 1
+    assert float(sums["weight"]) == pytest.approx(21)
+    assert loss(before.params) == pytest.approx(float((sums["loss"] + sums["z_loss"]) / sums["weight"]), rel=1e-6)
+    descent = np.asarray(before.params["kernel"] - after.params["kernel"]) / LEARNING_RATE
+    norm = np.linalg.norm(descent)
+    assert norm == pytest.approx(float(sums["gradient_norm"]), rel=1e-4)
+    ahead, back = (loss({"kernel": before.params["kernel"] + sign * 0.01 * descent / norm}) for sign in (1, -1))
+    assert (ahead - back) / 0.02 == pytest.approx(norm, rel=2e-3)
