@@ -1,24 +1,32 @@
 """gin in T5X's way: files, then `--gin.NAME=value` bindings, with errors a person can act on.
 
 `NAME` is a macro that a gin file defines (`TRAIN_STEPS`) or a parameter of a configurable
-(`T5Config.dropout_rate`). A value that is no Python literal, macro (`%X`) or reference (`@x`) is taken as a
-string, so no nested quotes are needed: `--gin.MODEL_DIR=/tmp/run`.
+(`T5Config.dropout_rate`). A value that is no Python literal, macro (`%X`), reference (`@x`) or container of these
+is taken as a string, so no nested quotes are needed: `--gin.MODEL_DIR=/tmp/run`.
 """
 
 import argparse
 import ast
 import pathlib
 import re
+import tokenize
 from collections.abc import Sequence
 
 import gin
+from gin import resource_reader
 
 from recalign_jax.errors import InputError, did_you_mean
 
 PROJECT_ROOT = pathlib.Path(__file__).resolve().parents[1]
 _BINDING = re.compile(r"^([\w./]+) = (.*)$", re.MULTILINE)
 _UNDEFINED_MACRO = re.compile(r"No bindings specified for '(.+)/gin\.macro'")
-_GIN_ERRORS = (ValueError, TypeError, SyntaxError, AttributeError, OSError)
+_GIN_ERRORS = (ValueError, TypeError, SyntaxError, AttributeError, OSError, ImportError, tokenize.TokenError)
+
+gin.add_config_file_search_path(str(PROJECT_ROOT))
+# gin would look for a file as data of a package, too, and before that path; it fails where its folder is no package.
+gin.config._FILE_READERS[:] = [
+    reader for reader in gin.config._FILE_READERS if reader[0] is not resource_reader.system_path_reader
+]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +64,6 @@ def parse(gin_files: Sequence[str], bindings: Sequence[tuple[str, str]]) -> None
       InputError: for a missing file, a gin error in a file, or a name that nothing defines.
     """
     gin.clear_config(clear_constants=True)
-    gin.add_config_file_search_path(str(PROJECT_ROOT))
     for file in gin_files:
         if not _exists(file):
             raise InputError(
@@ -124,7 +131,7 @@ def _unknown(name: str, why: str) -> str:
 
 def _literal(value: str) -> str:
     text = value.strip()
-    if text.startswith(("@", "%")):
+    if text.startswith(("@", "%", "{", "[", "(")):
         return text
     try:
         ast.literal_eval(text)

@@ -2,6 +2,7 @@
 for results, to standard output through one shared console."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -104,6 +105,23 @@ def _lines(description: str, total: int | None, unit: str, done: int) -> Iterato
     print(f"{line(now)}, took {_clock(now - start)}", file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hides what native code writes to standard error inside the block; Python's exceptions pass.
+
+    TensorFlow tells of processor features and absent GPUs before its log level is in force.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def say(message: str) -> None:
     """Prints a line for the person (standard output, no markup interpreted)."""
     Console().print(message, markup=False, highlight=False, soft_wrap=True)
@@ -121,4 +139,5 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
         drawn.add_column(Text(name), justify="left" if number == 0 else "right")
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row))
-    Console().print(drawn)
+    # A pipe has no width: nothing is cut there.
+    Console(width=None if sys.stdout.isatty() else 200).print(drawn)

@@ -1,0 +1,1 @@
+"""Conventional recommenders, under the same protocol."""

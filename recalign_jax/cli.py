@@ -1,0 +1,93 @@
+"""`recalign <command>`: one table of commands; each is imported only when it is called."""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from recalign_jax import __version__
+from recalign_jax.errors import RecalignError, did_you_mean
+
+# command -> help. Its module in `commands` has add_arguments(parser) and run(args) -> dict; if its USES_GIN is
+# true, gin is parsed before it runs.
+COMMANDS = {
+    "prepare": "build a corpus from raw data",
+    "inspect": "statistics of a corpus, or rendered samples",
+    "vocab": "train a vocabulary on the text of a corpus",
+    "train": "train, or go on where MODEL_DIR stopped",
+    "eval": "evaluate a checkpoint",
+    "infer": "batch inference: the best items for every user",
+    "baseline": "evaluate a conventional baseline",
+}
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"recalign {__version__}: turns FLAN-T5 into a recommender.",
+            "",
+            "usage: recalign <command> [arguments]   (recalign <command> --help for the arguments)",
+            "",
+            *lines,
+            "",
+            "Every command takes --json: its last line on standard output is then one JSON object.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0 done, 1 failed run, 2 bad input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(
+            f"recalign: unknown command {name!r}.{did_you_mean(name, COMMANDS)} See recalign --help.", file=sys.stderr
+        )
+        return 2
+    try:
+        return _run(name, rest)
+    except RecalignError as error:
+        print(f"recalign {name}: {error.message}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print(f"recalign {name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import absl.logging
+
+    absl.logging.set_verbosity(absl.logging.ERROR)  # SeqIO and Orbax tell of every step they take
+    module = importlib.import_module(f"recalign_jax.commands.{name}")
+    parser = argparse.ArgumentParser(prog=f"recalign {name}", description=COMMANDS[name], allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="last line on standard output: one JSON object")
+    parser.add_argument("--data_dir", help="where corpora are (default: $RECALIGN_DATA_DIR, then ~/recalign_data)")
+    uses_gin = getattr(module, "USES_GIN", False)
+    if uses_gin:
+        from recalign_jax import gin_config
+
+        gin_config.add_arguments(parser)
+    module.add_arguments(parser)
+    if uses_gin:
+        args, left = parser.parse_known_args(arguments)
+        gin_config.parse(args.gin_file, gin_config.bindings_of(left))
+    else:
+        args = parser.parse_args(arguments)
+    result = module.run(args)
+    if args.json:
+        print(json.dumps(result), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

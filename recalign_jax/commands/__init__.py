@@ -1,0 +1,1 @@
+"""The commands of `recalign`, one file each: flags, printing, and calls into the rooms below."""

@@ -1,0 +1,75 @@
+"""What several commands put together in the same way."""
+
+import dataclasses
+from typing import Any
+
+import gin
+import jax
+
+from recalign_jax import gin_config, partitioning, terminal
+from recalign_jax.checkpoint import training as checkpointing
+from recalign_jax.errors import InputError
+from recalign_jax.model import t5
+from recalign_jax.model.config import T5Config
+from seqio_tasks.specs import TaskSpec
+
+ROW_MULTIPLE = 128  # embedding rows come in multiples of this, for the matrix units and for sharding
+
+
+def model_config(num_tokens: int, model_axis: int = 1) -> T5Config:
+    """The model that gin holds, for a vocabulary of `num_tokens` entries; the rows above them are masked.
+
+    Raises:
+      InputError: when no model gin file was given.
+    """
+    if "T5Config.emb_dim" not in gin_config.snapshot():
+        raise InputError("No model given: --gin_file gin_configs/models/t5_tiny.gin, or another one there.")
+    multiple = ROW_MULTIPLE * model_axis
+    rows = -(-num_tokens // multiple) * multiple
+    return dataclasses.replace(gin.get_configurable(T5Config)(), vocab_size=rows, num_tokens=num_tokens)
+
+
+def fingerprints(specs: list[TaskSpec]) -> dict[str, str]:
+    """What the weights depend on: `vocabulary`, and corpus and catalogue of every corpus in the mixture."""
+    found = {}
+    for spec in specs:
+        found["vocabulary"] = spec.vocabulary.fingerprint
+        found[f"corpus {spec.corpus.name}"] = spec.corpus.fingerprint
+        found[f"catalog {spec.corpus.name} {spec.catalog.item_format}"] = spec.catalog.fingerprint
+    return found
+
+
+def load_model(spec: TaskSpec, checkpoint_path: str, mesh: jax.sharding.Mesh) -> tuple[Any, Any, int]:
+    """Loads a checkpoint of `recalign train` for a task.
+
+    Returns:
+      (graphdef, params, step).
+
+    Raises:
+      InputError: when there is none, or it was trained with another model, vocabulary or (token format) catalogue.
+    """
+    config = model_config(spec.num_tokens, mesh.shape["model"])
+    params = partitioning.with_shardings(t5.abstract_params(config), mesh)
+    _check_trained_for(spec, checkpoint_path)
+    loaded, step = checkpointing.load_params(checkpoint_path, params)
+    return t5.graph(config), loaded, step
+
+
+def _check_trained_for(spec: TaskSpec, checkpoint_path: str) -> None:
+    trained = checkpointing.read_identity(checkpoint_path)
+    item_format = spec.catalog.item_format
+    formats = {name.split()[-1] for name in trained if name.startswith("catalog ")}
+    if trained["vocabulary"] != spec.vocabulary.fingerprint:
+        raise InputError(
+            f"Checkpoint {checkpoint_path} was trained with another vocabulary than {spec.vocabulary.path}."
+        )
+    if item_format not in formats:
+        raise InputError(
+            f"Checkpoint {checkpoint_path} was trained with items as {' and '.join(sorted(formats))}, "
+            f"but {spec.name} has them as {item_format}."
+        )
+    if trained.get(f"catalog {spec.corpus.name} {item_format}") != spec.catalog.fingerprint:
+        where = f"another catalogue than that of {spec.corpus.directory}"
+        if item_format == "token":
+            raise InputError(f"Checkpoint {checkpoint_path} was trained on {where}: its item tokens are other items.")
+        terminal.warn(f"{checkpoint_path} was trained on {where}.")

@@ -1,0 +1,59 @@
+"""`recalign inspect`: the statistics of a corpus, or samples of a task as the model sees them."""
+
+import argparse
+from typing import Any
+
+import numpy as np
+
+from recalign_jax import terminal
+from recalign_jax.corpus.corpus import Corpus, load_corpus
+from recalign_jax.corpus.statistics import statistics
+from recalign_jax.errors import InputError
+from seqio_tasks import samples, specs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--corpus", required=True, metavar="NAME", help="name of a prepared corpus")
+    parser.add_argument("--task", metavar="TASK", help="render samples of this task, as retrieval or NAME_mim_token")
+    parser.add_argument("--vocabulary", metavar="PATH", help="SentencePiece model; needed with --task")
+    parser.add_argument("--split", default="train", choices=samples.SPLITS)
+    parser.add_argument("-n", type=int, default=3, help="how many samples")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice and the random parts of the samples")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Prints statistics, or with --task samples and their token counts."""
+    if not args.task:
+        return {"statistics": _show_statistics(load_corpus(args.corpus, args.data_dir))}
+    if not args.vocabulary:
+        raise InputError("--task needs --vocabulary PATH, the SentencePiece model to tokenize with.")
+    name = args.task if args.task.startswith(args.corpus + "_") else f"{args.corpus}_{args.task}"
+    spec = specs.task_spec(name, args.vocabulary, args.data_dir)
+    count = samples.num_examples(spec, args.split)
+    chosen = np.random.default_rng(args.seed).permutation(count)[: args.n]
+    found = []
+    for index in chosen:
+        sample = samples.render(spec, args.split, int(index), seed=args.seed)
+        texts = {"inputs": spec.vocabulary.decode(sample.inputs), "targets": spec.vocabulary.decode(sample.targets)}
+        found.append({**texts, "input_tokens": len(sample.inputs), "target_tokens": len(sample.targets)})
+        terminal.say(f"\n[{spec.name}, {args.split} example {index}]")
+        terminal.say(f"inputs ({len(sample.inputs)} tokens): {texts['inputs']}")
+        terminal.say(f"targets ({len(sample.targets)} tokens): {texts['targets']}")
+    terminal.say(f"\n{count} {args.split} examples in all.")
+    return {"samples": found, "examples": count}
+
+
+def _show_statistics(corpus: Corpus) -> dict[str, Any]:
+    numbers = statistics(corpus)
+    nested = {key: value for key, value in numbers.items() if isinstance(value, dict)}
+    rows = [(key, value) for key, value in numbers.items() if key not in nested]
+    rows += [(f"{key}: {name}", value) for key, part in nested.items() for name, value in part.items()]
+    terminal.table(f"Corpus {corpus.name}", ["", "value"], [(key.replace("_", " "), _shown(n)) for key, n in rows])
+    terminal.say(f"Next: recalign vocab --corpus {corpus.name} --size 1000, or recalign train with T5's vocabulary")
+    return numbers
+
+
+def _shown(value: float | int | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"

@@ -1,0 +1,123 @@
+"""`recalign train`: trains a model, or goes on where MODEL_DIR stopped."""
+
+import argparse
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import gin
+import jax
+
+from recalign_jax import gin_config, partitioning, terminal
+from recalign_jax.checkpoint.initial import load_initial
+from recalign_jax.commands.common import fingerprints, model_config
+from recalign_jax.corpus.corpus import data_dir_or_default
+from recalign_jax.evaluation import retrieval
+from recalign_jax.evaluation.retrieval import RetrievalOptions
+from recalign_jax.model import t5
+from recalign_jax.recommender import DecodingOptions, make_recommender
+from recalign_jax.training.input_pipeline import InputOptions
+from recalign_jax.training.optimizer import make_optimizer
+from recalign_jax.training.train import Evaluator, TrainOptions, train
+from seqio_tasks import specs
+from seqio_tasks.specs import TaskSpec
+
+USES_GIN = True
+
+# What may differ when a run is resumed: where it lies, how long it goes on, and how often it reports.
+MAY_CHANGE = (
+    *("MODEL_DIR", "TRAIN_STEPS", "EVAL_PERIOD", "CHECKPOINT_PERIOD", "LOG_PERIOD", "KEEP_CHECKPOINTS"),
+    *("MAX_EVAL_USERS", "NUM_BEAMS", "EVAL_BATCH_SIZE", "VOCABULARY"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """All that a run is stands in gin."""
+    del parser
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Trains as gin says."""
+    result = train_command(args.data_dir)
+    terminal.say(f"Trained to step {result['step']}, loss {result['loss']:.4f}.")
+    terminal.say(f"Next: recalign eval, with the same model file and --gin.CHECKPOINT_PATH={result['model_dir']}")
+    return result
+
+
+@gin.configurable("train", module="recalign")
+def train_command(
+    data_dir: str | None,
+    model_dir: str | None = None,
+    mixture_or_task_name: str | None = None,
+    vocabulary: str | None = None,
+    initial_checkpoint: str | None = None,
+    evaluate_retrieval: bool = True,
+) -> dict[str, Any]:
+    """Registers the tasks of a corpus with SeqIO, puts the parts of a run together, and trains.
+
+    Args:
+      data_dir: where corpora are.
+      model_dir: MODEL_DIR.
+      mixture_or_task_name: what to train on, by its name in the SeqIO registry.
+      vocabulary: path of a SentencePiece model.
+      initial_checkpoint: what a new run starts from, see `load_initial`; None starts from random parameters.
+      evaluate_retrieval: whether retrieval on the validation split is among the evaluations.
+    """
+    mixture_or_task_name = gin_config.required(
+        "MIXTURE_OR_TASK_NAME", mixture_or_task_name, "movielens_retrieval_aligned_token"
+    )
+    model_dir = gin_config.required("MODEL_DIR", model_dir, "DIR")
+    vocabulary = gin_config.required("VOCABULARY", vocabulary, "PATH")
+    corpus, base, item_format = specs.split_name(mixture_or_task_name, data_dir)
+    mixture_or_task_name = f"{corpus}_{specs.with_format(base, item_format)}"  # of the default format without suffix
+
+    import seqio_tasks
+    from seqio_tasks import tasks
+
+    seqio_tasks.register(str(data_dir_or_default(data_dir) / corpus), vocabulary)
+    components = tasks.components(mixture_or_task_name)
+    task_specs = [spec for spec, _ in components]
+
+    options = TrainOptions(model_dir=model_dir)
+    mesh = partitioning.make_mesh(options.mesh)
+    config = model_config(max(spec.num_tokens for spec in task_specs), mesh.shape["model"])
+    evaluators = []
+    if evaluate_retrieval and options.eval_period:
+        [(held_out, _)] = tasks.components(f"{corpus}_{specs.with_format('retrieval', item_format)}")
+        evaluators.append(retrieval_evaluator(held_out, config, mesh))
+    initial_params = None
+    if initial_checkpoint is not None:
+        initial_params = functools.partial(load_initial, initial_checkpoint, config, options.seed)
+    return train(
+        options,
+        InputOptions(),
+        config,
+        make_optimizer(),
+        mesh,
+        components,
+        evaluators,
+        identity=run_identity(task_specs),
+        initial_params=initial_params,
+    )
+
+
+def run_identity(task_specs: list[TaskSpec]) -> dict[str, str]:
+    """What a resumed run must have in common with the one that it resumes: gin values and fingerprints."""
+    values = gin_config.snapshot()
+    may_change = set(MAY_CHANGE)
+    if "linear_warmup" in values.get("SCHEDULE", ""):
+        may_change.remove("TRAIN_STEPS")  # the learning rate falls towards the last step
+    return {name: value for name, value in values.items() if name not in may_change} | fingerprints(task_specs)
+
+
+def retrieval_evaluator(spec: TaskSpec, config: Any, mesh: jax.sharding.Mesh) -> Evaluator:
+    """Retrieval on the validation split, as an evaluator for the train loop."""
+    options = RetrievalOptions()
+    with_params = make_recommender(spec, t5.graph(config), DecodingOptions(), partitioning.batch_sharding(mesh))
+    queries = retrieval.evaluation_queries(spec.corpus, "validation", options.max_users)
+
+    def evaluator(params: Any) -> Iterator[tuple[str, float]]:
+        for name, value in retrieval.evaluate(with_params(params), queries, options).items():
+            yield f"validation_{name}", value
+
+    return evaluator

@@ -1,0 +1,35 @@
+"""`recalign vocab`: trains a SentencePiece vocabulary on the text of a corpus and of the prompts."""
+
+import argparse
+import pathlib
+from typing import Any
+
+from recalign_jax import files, terminal
+from recalign_jax.corpus.corpus import VOCABULARIES, data_dir_or_default, load_corpus
+from recalign_jax.corpus.vocab import corpus_text, train_vocabulary
+from seqio_tasks import prompts
+
+# The words of the prompts stand in every sample, so they must become pieces of their own.
+PROMPT_WEIGHT = 1000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the command."""
+    parser.add_argument("--corpus", required=True, metavar="NAME", help="name of a prepared corpus")
+    parser.add_argument("--size", required=True, type=int, metavar="N", help="number of pieces")
+    parser.add_argument(
+        "--output", metavar="PATH", help=f"the model to write (default: DATA_DIR/{VOCABULARIES}/NAME_N.model)"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Trains and writes the vocabulary."""
+    corpus = load_corpus(args.corpus, args.data_dir)
+    default = data_dir_or_default(args.data_dir) / VOCABULARIES / f"{corpus.name}_{args.size}.model"
+    path = pathlib.Path(args.output).expanduser() if args.output else default
+    terminal.say(f"Training a vocabulary of {args.size:,} pieces on {corpus.num_items:,} items ...")
+    model = train_vocabulary([*corpus_text(corpus), *prompts.literals() * PROMPT_WEIGHT], args.size)
+    with files.atomic_file(path) as aside:
+        aside.write_bytes(model)
+    terminal.say(f"Written to {path}. Next: recalign train ... --gin.VOCABULARY={path}")
+    return {"path": str(path), "size": args.size}

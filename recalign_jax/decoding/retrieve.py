@@ -1,0 +1,88 @@
+"""From prompts to ranked items: length buckets, padding, and one compiled program a bucket."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from recalign_jax.decoding.beam_search import BeamResult, beam_search
+from recalign_jax.decoding.trie import Trie
+
+# Prompts are padded to one of these lengths (then to multiples of the last), so that few programs are compiled.
+BUCKETS = (32, 64, 128, 256, 512)
+
+Generate = Callable[[Any, jax.Array, jax.Array, Trie], BeamResult]
+
+
+def make_generate(graphdef: nnx.GraphDef, num_beams: int, top_k: int, length_penalty: float = 0.0) -> Generate:
+    """Returns the jitted `(params, tokens [B, L], excluded_items [B, X], trie) -> BeamResult` of `beam_search`.
+
+    The encoder's output and the cross-attention's keys and values exist once a user, whatever the number of beams.
+    """
+
+    @jax.jit
+    def generate(params: Any, tokens: jax.Array, excluded_items: jax.Array, trie: Trie) -> BeamResult:
+        model = nnx.merge(graphdef, params)
+        # The search makes room for the other beams itself.
+        cross, cache = model.init_cache(model.encode(tokens), tokens > 0, num_beams=1, max_steps=trie.max_depth)
+        return beam_search(
+            lambda last, position, cache: model.decode_step(last, position, cross, cache),
+            cache,
+            trie,
+            num_beams=num_beams,
+            top_k=top_k,
+            excluded_items=excluded_items,
+            length_penalty=length_penalty,
+        )
+
+    return generate
+
+
+def retrieve(
+    generate: Generate,
+    params: Any,
+    trie: Trie,
+    prompts: Sequence[np.ndarray],
+    excluded: Sequence[np.ndarray],
+    batch_size: int,
+    sharding: jax.sharding.Sharding,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Ranks items for every prompt, shortest prompts first.
+
+    Args:
+      generate: from `make_generate`.
+      params: of the model.
+      trie: the catalogue.
+      prompts: token ids with end of sequence, [n] of [l].
+      excluded: item indices that must not be returned, [n] of [x].
+      batch_size: prompts a call; the last batch is filled up with empty prompts, whose results are dropped.
+      sharding: of the batch axis.
+
+    Yields:
+      (which prompts [b], items int32 [b, top_k], scores float32 [b, top_k]); see BeamResult.
+    """
+    order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
+    width = _bucket(max((len(items) for items in excluded), default=0))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        tokens = _padded([prompts[i] for i in chosen], batch_size, _bucket(len(prompts[chosen[-1]])), fill=0)
+        items = _padded([excluded[i] for i in chosen], batch_size, width, fill=-1)
+        on_device = jax.device_put(tokens, sharding), jax.device_put(items, sharding)
+        ranked, scores = jax.device_get(generate(params, *on_device, trie))
+        yield chosen, ranked[: len(chosen)], scores[: len(chosen)]
+
+
+def _bucket(length: int) -> int:
+    for bucket in BUCKETS:
+        if length <= bucket:
+            return bucket
+    return -(-length // BUCKETS[-1]) * BUCKETS[-1]
+
+
+def _padded(rows: Sequence[np.ndarray], count: int, width: int, fill: int) -> np.ndarray:
+    out = np.full((count, width), fill, np.int32)
+    for number, row in enumerate(rows):
+        out[number, : len(row)] = row
+    return out

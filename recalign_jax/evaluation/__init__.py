@@ -1,0 +1,1 @@
+"""Evaluators of the recommendation tasks: one protocol for every model and baseline."""

@@ -1,0 +1,303 @@
+"""The commands as a user types them, end to end on a small corpus: results, resuming, and bad input."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from recalign_jax import cli
+from recalign_jax.checkpoint import training as checkpointing
+from tests.corpora import write_tables
+
+USERS, ITEMS, LENGTH = 60, 40, 8
+TINY = ("--gin_file", "gin_configs/models/t5_tiny.gin")
+FINETUNE = (*TINY, "--gin_file", "gin_configs/runs/finetune.gin")
+FAST = (
+    *("--gin.TRAIN_STEPS=6", "--gin.BATCH_SIZE=4", "--gin.LOG_PERIOD=2", "--gin.CHECKPOINT_PERIOD=3"),
+    "--gin.TASK_FEATURE_LENGTHS={'inputs': 128, 'targets': 32}",
+)
+
+
+class Shop:
+    """A prepared corpus with a vocabulary, and the commands over it."""
+
+    def __init__(self, folder: pathlib.Path, capsys):
+        self.folder, self._capsys = folder, capsys
+        self.vocabulary = f"--gin.VOCABULARY={folder / 'words.model'}"
+
+    def __call__(self, command: str, *arguments: str, status: int = 0) -> dict:
+        """Runs a command with --json; returns its object, or with status 2 or 1 the error message."""
+        self._capsys.readouterr()
+        assert cli.main([command, "--data_dir", str(self.folder), *arguments, "--json"]) == status
+        output = self._capsys.readouterr()
+        return json.loads(output.out.splitlines()[-1]) if status == 0 else {"error": output.err}
+
+    def train(self, model_dir: str, *arguments: str, task: str = "shop_retrieval_aligned_token", status: int = 0):
+        where = (f"--gin.MODEL_DIR={self.folder / model_dir}", f"--gin.MIXTURE_OR_TASK_NAME={task}", self.vocabulary)
+        return self("train", *FINETUNE, *FAST, *where, *arguments, status=status)
+
+    def params(self, model_dir: str, step: int) -> list[np.ndarray]:
+        import jax
+
+        with checkpointing.open_checkpoints(str(self.folder / model_dir), keep=None) as checkpoints:
+            shapes = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+                checkpoints.item_metadata(step)["params"].tree,
+            )
+        return [
+            np.asarray(leaf)
+            for leaf in jax.tree.leaves(checkpointing.load_params(str(self.folder / model_dir), shapes)[0])
+        ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shop")
+    random = np.random.default_rng(0)
+    interactions = [
+        (f"user{user}", f"thing{item}", time)
+        for user in range(USERS)
+        for time, item in enumerate(random.permutation(ITEMS)[:LENGTH])
+    ]
+    adjectives, nouns = (
+        ("red", "small", "old", "loud", "soft"),
+        ("kettle", "drum", "lamp", "chair", "boat", "hat", "map", "cup"),
+    )
+    items = [{"item_id": f"thing{n}", "title": f"{adjectives[n % 5]} {nouns[n % 8]}"} for n in range(ITEMS)]
+    tables = write_tables(folder / "raw", interactions, items)
+    assert (
+        cli.main(
+            ["prepare", "--data_dir", str(folder), "--source", "tables", "--input", str(tables), "--corpus", "shop"]
+        )
+        == 0
+    )
+    vocab = [
+        "vocab",
+        "--data_dir",
+        str(folder),
+        "--corpus",
+        "shop",
+        "--size",
+        "105",
+        "--output",
+        str(folder / "words.model"),
+    ]
+    assert cli.main(vocab) == 0
+    return folder
+
+
+@pytest.fixture
+def shop(folder, capsys):
+    return Shop(folder, capsys)
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """A model of six steps that several tests look at."""
+    arguments = (
+        "--gin.MIXTURE_OR_TASK_NAME=shop_retrieval_aligned_token",
+        f"--gin.VOCABULARY={folder / 'words.model'}",
+    )
+    model_dir = folder / "trained"
+    assert (
+        cli.main(["train", "--data_dir", str(folder), *FINETUNE, *FAST, *arguments, f"--gin.MODEL_DIR={model_dir}"])
+        == 0
+    )
+    return model_dir
+
+
+def eval_arguments(trained: pathlib.Path, shop: Shop) -> tuple[str, ...]:
+    return (
+        *(*TINY, "--gin_file", "gin_configs/runs/eval.gin", shop.vocabulary),
+        *("--gin.TASK_NAME=shop_retrieval_token", f"--gin.CHECKPOINT_PATH={trained}"),
+    )
+
+
+# What the commands give.
+
+
+def test_train_evaluates_logs_and_reports(shop):
+    result = shop.train("with_evaluation", "--gin.EVAL_PERIOD=4", "--gin.NUM_BEAMS=5")
+    assert result["step"] == 6
+    assert np.isfinite(result["loss"])
+    assert 0 < result["packing_efficiency"] <= 1
+    assert result["tokens_per_second"] > 0
+    model_dir = pathlib.Path(result["model_dir"])
+    records = [json.loads(line) for line in (model_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 6]
+    evaluated = {
+        record["step"] for record in records if "validation_recall@10" in record and "validation_loss" in record
+    }
+    assert evaluated == {4, 6}
+    assert {"loss/shop_retrieval_token", "loss/shop_mim_token"} <= records[-1].keys()
+    assert "T5Config.emb_dim = 64" in (model_dir / "config.gin").read_text()
+    assert list(model_dir.glob("events.out.tfevents*"))
+
+
+def test_train_lowers_the_loss(shop):
+    result = shop.train("longer", "--gin.TRAIN_STEPS=60", "--gin.OPTIMIZER=adamw", "--gin.LEARNING_RATE=0.003")
+    records = [json.loads(line) for line in (shop.folder / "longer" / "metrics.jsonl").read_text().splitlines()]
+    assert result["loss"] < 0.7 * records[0]["loss"]
+
+
+@pytest.mark.parametrize("task", ["shop_retrieval", "shop_mim_token", "shop_retrieval_aligned"])
+def test_train_other_tasks(shop, task):
+    assert shop.train(task, "--gin.TRAIN_STEPS=1", task=task)["step"] == 1
+
+
+def test_eval(shop, trained):
+    result = shop("eval", *eval_arguments(trained, shop), "--gin.NUM_BEAMS=12")
+    values = result["retrieval"]
+    assert values["users"] == USERS
+    assert set(values) >= {"recall@5", "recall@10", "ndcg@5", "ndcg@10", "recall@10_unfiltered", "ndcg@10_unfiltered"}
+    assert 0 <= values["recall@5"] <= values["recall@10"] <= 1
+    assert result["step"] == 6
+
+
+def test_infer_writes_valid_items_that_the_user_does_not_have(shop, trained):
+    output = shop.folder / "out"
+    arguments = (*TINY, "--gin_file", "gin_configs/runs/infer.gin", shop.vocabulary, f"--gin.OUTPUT_DIR={output}")
+    task = ("--gin.TASK_NAME=shop_retrieval_token", f"--gin.CHECKPOINT_PATH={trained}", "--gin.SPLIT=all")
+    result = shop("infer", *arguments, *task, "--gin.NUM_BEAMS=15")
+    rows = [json.loads(line) for line in pathlib.Path(result["output"]).read_text().splitlines()]
+    assert result["users"] == len({row["user"] for row in rows}) == len(rows) == USERS
+    bought = {}
+    for line in (shop.folder / "raw" / "interactions.tsv").read_text().splitlines()[1:]:
+        user, item, _ = line.split("\t")
+        bought.setdefault(user, set()).add(item)
+    for row in rows:
+        assert len(set(row["items"])) == len(row["items"]) == len(row["titles"]) == 10
+        assert not bought[row["user"]] & set(row["items"])
+        assert set(row["items"]) <= {f"thing{n}" for n in range(ITEMS)}
+        assert row["scores"] == sorted(row["scores"], reverse=True)
+
+
+def test_baseline_popularity_is_what_counting_gives(shop):
+    values = shop("baseline", "--corpus", "shop", "--method", "popularity")["retrieval"]
+    sequences, counts = {}, dict.fromkeys((f"thing{n}" for n in range(ITEMS)), 0)
+    for line in (shop.folder / "raw" / "interactions.tsv").read_text().splitlines()[1:]:
+        user, item, _ = line.split("\t")
+        sequences.setdefault(user, []).append(item)
+    for sequence in sequences.values():
+        for item in sequence[:-2]:
+            counts[item] += 1
+    # Ties may stand in any order: the rank of a target lies between the counts of better and of no worse items.
+    least = most = 0
+    for sequence in sequences.values():
+        rivals = [counts[item] for item in counts if item not in sequence]
+        better = sum(rival > counts[sequence[-1]] for rival in rivals)
+        no_worse = sum(rival >= counts[sequence[-1]] for rival in rivals)
+        least += no_worse < 10
+        most += better < 10
+    assert least / USERS <= values["recall@10"] <= most / USERS
+
+
+def test_inspect(shop):
+    assert shop("inspect", "--corpus", "shop")["statistics"]["interactions"] == USERS * LENGTH
+    result = shop(
+        "inspect",
+        "--corpus",
+        "shop",
+        "--task",
+        "retrieval",
+        "-n",
+        "2",
+        "--vocabulary",
+        str(shop.folder / "words.model"),
+    )
+    assert len(result["samples"]) == 2
+    assert result["examples"] == USERS * (LENGTH - 3)
+
+
+# Resuming.
+
+
+def test_resuming_gives_the_same_parameters_bit_for_bit(shop, trained):
+    shop.train("stopped", "--gin.TRAIN_STEPS=4")
+    shop.train("stopped")
+    for uninterrupted, resumed in zip(shop.params("trained", 6), shop.params("stopped", 6), strict=True):
+        np.testing.assert_array_equal(uninterrupted, resumed)
+    steps = [json.loads(line)["step"] for line in (shop.folder / "stopped" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+
+
+def test_resuming_after_kill(shop):
+    steps = ("--gin.TRAIN_STEPS=60", "--gin.CHECKPOINT_PERIOD=10")
+    shop.train("calm", *steps)
+    where = (f"--gin.MODEL_DIR={shop.folder / 'killed'}", "--gin.MIXTURE_OR_TASK_NAME=shop_retrieval_aligned_token")
+    command = [sys.executable, "-m", "recalign_jax.cli", "train", "--data_dir", str(shop.folder)]
+    process = subprocess.Popen(
+        [*command, *FINETUNE, *FAST, *where, shop.vocabulary, *steps],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    log = shop.folder / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and '"step": 2' in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert shop.train("killed", *steps)["step"] == 60
+    for uninterrupted, resumed in zip(shop.params("calm", 60), shop.params("killed", 60), strict=True):
+        np.testing.assert_array_equal(uninterrupted, resumed)
+
+
+def test_resuming_with_other_values_is_refused(shop, trained):
+    error = shop.train("trained", "--gin.LEARNING_RATE=0.5", "--gin.TRAIN_STEPS=9", status=2)["error"]
+    assert "LEARNING_RATE: 0.001 then, 0.5 now" in error
+
+
+def test_a_finished_run_is_left_alone(shop, trained):
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path.is_file()}
+    assert shop.train("trained")["step"] == 6
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path.is_file()} == before
+
+
+# Bad input: exit status 2, one message, no trace of a half-done run.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--gin.TRIAN_STEPS=5"], "Did you mean 'TRAIN_STEPS'?"),
+        (["--gin.MIXTURE_OR_TASK_NAME=shop_retreival"], "Did you mean 'shop_retrieval'?"),
+        (["--gin.MIXTURE_OR_TASK_NAME=shopp_retrieval"], "no prepared corpus"),
+        (["--gin.VOCABULARY=/nowhere/x.model"], "/nowhere/x.model"),
+        (["--gin.OPTIMIZER=adamm"], "Did you mean 'adamw'?"),
+        (["--gin.REMAT=most"], "remat"),
+        (["--gin.LOSS_NORMALIZATION=rows"], "LOSS_NORMALIZATION"),
+        (["--gin.TASK_FEATURE_LENGTHS={'inputs': 16, 'targets': 8}"], "TASK_FEATURE_LENGTHS"),
+        (["--gin_file", "gin_configs/runs/finetun.gin"], "Did you mean 'gin_configs/runs/finetune.gin'?"),
+        (["--gin.MESH={'data': 3}"], "3"),
+        (["--frobnicate"], "--frobnicate"),
+    ],
+)
+def test_bad_training_input(shop, arguments, says):
+    error = shop.train("never", *arguments, status=2)["error"]
+    assert says in error
+    assert "Traceback" not in error
+    assert "configurable" not in error
+    assert not (shop.folder / "never").exists()
+
+
+def test_bad_evaluation_input(shop, trained):
+    good = eval_arguments(trained, shop)
+    for changes, says in [
+        ((f"--gin.CHECKPOINT_PATH={shop.folder}",), "No checkpoint"),
+        (("--gin.TASK_NAME=shop_mim_token",), "shop_retrieval_token"),
+        (("--gin.TASK_NAME=shop_retrieval_aligned_token",), "mixture"),
+        (("--gin.SPLIT=train",), "SPLIT"),
+        (("--gin.TASK_NAME=shop_retrieval",), "items as token"),
+        (("--gin_file", "gin_configs/models/t5_mini.gin"), "parameter"),
+    ]:
+        assert says in shop("eval", *good, *changes, status=2)["error"]
+
+
+def test_unknown_command(capsys):
+    assert cli.main(["trian"]) == 2
+    assert "Did you mean 'train'?" in capsys.readouterr().err
