@@ -1,0 +1,22 @@
+# Sourced by the scripts beside it: makes .venv in the project's root, once for every state of its dependencies.
+# Usage: setup_environment EXTRA   (EXTRA is "" or "[test]")
+
+setup_environment() {
+  local extra=$1 python=${PYTHON:-python3} want have
+  want=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2] if sys.version_info >= (3, 11) else "")')
+  if [ -z "$want" ]; then
+    echo "Python 3.11 or later is needed; $python is $("$python" --version 2>&1). Set PYTHON to one that is." >&2
+    return 2
+  fi
+  if [ ! -x .venv/bin/python ]; then
+    "$python" -m venv .venv
+  fi
+  # The stamp says for which dependencies the environment was made.
+  want=$(cat setup.py constraints.txt | sha256sum | cut -d' ' -f1)$extra
+  have=$(cat .venv/recalign_stamp 2>/dev/null || true)
+  if [ "$have" != "$want" ] && [ "$have" != "${want%"$extra"}[test]" ]; then
+    echo "Installing into .venv (once; a few minutes) ..." >&2
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$extra"
+    echo "$want" > .venv/recalign_stamp
+  fi
+}
