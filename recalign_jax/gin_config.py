@@ -112,13 +112,24 @@ def names() -> list[str]:
 
 
 def _bind(name: str, value: str) -> None:
-    if "." not in name and name not in names():
+    is_macro = "." not in name
+    if is_macro and name not in names():
         raise InputError(_unknown(name, "no gin file given defines it"))
+    before = gin.query_parameter(f"%{name}") if is_macro else None
     try:
         gin.parse_config(f"{name} = {_literal(value)}")
     except _GIN_ERRORS as error:
         hint = "" if name in names() else did_you_mean(name, names())
         raise InputError(f"--gin.{name}={value}: {_one_line(error)}{hint}") from error
+    if is_macro and not _same_kind(before, gin.query_parameter(f"%{name}")):
+        raise InputError(f"--gin.{name}={value}: not a value of the kind that it replaces, {before!r}.")
+
+
+def _same_kind(before: object, after: object) -> bool:
+    """Whether a value may replace another: a number a number, a mapping a mapping; None and references anything."""
+    kinds = ((bool, int, float), (dict,))
+    kind = next((kind for kind in kinds if isinstance(before, kind)), None)
+    return kind is None or isinstance(after, (*kind, type(None), gin.config.ConfigurableReference))
 
 
 def _unknown(name: str, why: str) -> str:

@@ -138,6 +138,22 @@ def test_bindings_stand_above_files_and_later_ones_above_earlier(file, tmp_path)
     assert InputOptions() == InputOptions()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("STEPS", "0.5"),
+        ("STEPS", "None"),
+        ("STEPS", "%DIR"),
+        ("LENGTHS", "{}"),
+        ("LENGTHS", "None"),
+        ("DIR", "{'a': 1}"),
+    ],
+)
+def test_values_that_may_replace_each_other(file, name, value):
+    gin_config.parse([file], [(name, value)])
+    assert gin_config.snapshot()[name] == value
+
+
 def test_snapshot_and_names(file):
     gin_config.parse([file], [("STEPS", "7"), ("DIR", "/tmp/a run"), ("InputOptions.window", "64")])
     expected = {
@@ -176,6 +192,9 @@ def test_a_snapshot_does_not_break_long_values(file):
         ("LENGTHS", "{'inputs': 256, targets: 64}", r"--gin\.LENGTHS=.*token 'targets'"),
         ("LENGTHS", "{'inputs': 256", r"--gin\.LENGTHS=\{'inputs': 256: "),
         ("InputOptions.", "3", r"--gin\.InputOptions\.=3: "),
+        ("STEPS", "1O0", r"--gin\.STEPS=1O0: not a value of the kind that it replaces, 10\."),
+        ("STEPS", "{'inputs': 1}", r"not a value of the kind that it replaces, 10\."),
+        ("LENGTHS", "512", r"not a value of the kind that it replaces, \{'inputs': 512, 'targets': 128\}\."),
     ],
 )
 def test_bad_bindings(file, name, value, message):

@@ -348,7 +348,7 @@ def test_joined_pieces_are_the_tokens_of_the_joined_text(beauty):
 # Lengths.
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(
     family=st.sampled_from(FAMILIES),
     item_format=st.sampled_from(ITEM_FORMATS),

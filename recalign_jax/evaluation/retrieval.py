@@ -61,7 +61,8 @@ def evaluate(recommend: Recommend, queries: Sequence[Query], options: RetrievalO
     Returns:
       `recall@5`, ..., `recall@5_unfiltered`, ..., and `users`.
     """
-    nothing = [np.zeros(0, np.int32)] * len(queries)
+    # As many places as items to exclude, all empty: the same compiled program serves both.
+    nothing = [np.full_like(query.history, -1) for query in queries]
     plain = _measure(recommend, queries, nothing, "without history filter")
     values = {f"{name}_unfiltered": value for name, value in plain.items()}
     if options.filter_history:

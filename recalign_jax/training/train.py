@@ -123,7 +123,7 @@ def train(
         _check_identity(metadata["identity"], identity, options.model_dir)
         if first_step >= options.train_steps:
             terminal.say(f"{options.model_dir} is trained to step {first_step} already.")
-            return _result(log.read(options.model_dir)[-1], options.model_dir)
+            return _result({"step": first_step, **(log.read(options.model_dir) or [{}])[-1]}, options.model_dir)
         positions = np.asarray(metadata["positions"], np.int64)
         params, (opt_state, step) = checkpointing.restore(
             checkpoints, first_step, abstract_state.params, (abstract_state.opt_state, abstract_state.step)
