@@ -9,6 +9,7 @@ import argparse
 import ast
 import pathlib
 import re
+import sys
 import tokenize
 from collections.abc import Sequence
 
@@ -17,7 +18,9 @@ from gin import resource_reader
 
 from recalign_jax.errors import InputError, did_you_mean
 
-PROJECT_ROOT = pathlib.Path(__file__).resolve().parents[1]
+# Where gin_configs/ is: in the checkout, or in an installation without one where setup.py puts it.
+_CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
+PROJECT_ROOT = _CHECKOUT if (_CHECKOUT / "gin_configs").is_dir() else pathlib.Path(sys.prefix)
 _BINDING = re.compile(r"^([\w./]+) = (.*)$", re.MULTILINE)
 _UNDEFINED_MACRO = re.compile(r"No bindings specified for '(.+)/gin\.macro'")
 _GIN_ERRORS = (ValueError, TypeError, SyntaxError, AttributeError, OSError, ImportError, tokenize.TokenError)
@@ -90,11 +93,11 @@ def known_files() -> list[str]:
     return sorted(str(path.relative_to(PROJECT_ROOT)) for path in (PROJECT_ROOT / "gin_configs").rglob("*.gin"))
 
 
-def required(name: str, value: str | None, example: str) -> str:
-    """Returns the value of a macro that has no default; raises InputError when it was not given."""
+def required(name: str, value: object, example: str) -> str:
+    """Returns the value of a macro that has no default, as text; raises InputError when it was not given."""
     if value is None:
         raise InputError(f"{name} is needed: --gin.{name}={example}.")
-    return value
+    return str(value)  # a folder may be called 2024
 
 
 def snapshot() -> dict[str, str]:

@@ -112,3 +112,12 @@ def with_shardings(params: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of arrays [B, ...]: rows are split over 'data' and 'fsdp', whose product must divide B."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def check_batch_size(macro: str, batch_size: int, mesh: Mesh) -> None:
+    """Raises InputError when the rows of a batch can't be split evenly; `macro` is the gin name for the message."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size < 1 or batch_size % shards:
+        raise InputError(
+            f"{macro} is {batch_size}: must be a multiple of {shards}, the devices of the mesh axes data and fsdp."
+        )

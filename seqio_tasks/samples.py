@@ -7,6 +7,7 @@ the one before it the validation target, and the n - 2 before those are the trai
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -70,10 +71,9 @@ def render(spec: TaskSpec, split: str, index: int, epoch: int = 0, seed: int = 0
     Returns:
       The tokens. They exceed `limits` only where these are below `shortest_row`.
     """
-    if split == "train":
-        random = np.random.Generator(np.random.Philox(key=[seed & 0xFFFFFFFF, epoch << 32 | index]))
-    else:
-        random = np.random.Generator(np.random.Philox(key=[SPLITS.index(split) << 32, index]))
+    family = zlib.crc32(spec.family.encode())  # families don't share their draws
+    where = (seed & 0xFFFFFFFF, epoch << 32 | index) if split == "train" else (SPLITS.index(split) << 32, index)
+    random = np.random.Generator(np.random.Philox(key=[where[0] ^ family << 32, where[1]]))
     return _FAMILIES[spec.family].render(spec, split, index, random, limits)
 
 

@@ -27,7 +27,7 @@ USES_GIN = True
 # What may differ when a run is resumed: where it lies, how long it goes on, and how often it reports.
 MAY_CHANGE = (
     *("MODEL_DIR", "TRAIN_STEPS", "EVAL_PERIOD", "CHECKPOINT_PERIOD", "LOG_PERIOD", "KEEP_CHECKPOINTS"),
-    *("MAX_EVAL_USERS", "NUM_BEAMS", "EVAL_BATCH_SIZE", "VOCABULARY"),
+    *("MAX_EVAL_USERS", "NUM_BEAMS", "EVAL_BATCH_SIZE", "VOCABULARY", "MESH"),
 )
 
 
@@ -80,6 +80,8 @@ def train_command(
 
     options = TrainOptions(model_dir=model_dir)
     mesh = partitioning.make_mesh(options.mesh)
+    input_options = InputOptions()
+    partitioning.check_batch_size("BATCH_SIZE", input_options.batch_size, mesh)
     config = model_config(max(spec.num_tokens for spec in task_specs), mesh.shape["model"])
     evaluators = []
     if evaluate_retrieval and options.eval_period:
@@ -90,7 +92,7 @@ def train_command(
         initial_params = functools.partial(load_initial, initial_checkpoint, config, options.seed)
     return train(
         options,
-        InputOptions(),
+        input_options,
         config,
         make_optimizer(),
         mesh,
@@ -112,8 +114,9 @@ def run_identity(task_specs: list[TaskSpec]) -> dict[str, str]:
 
 def retrieval_evaluator(spec: TaskSpec, config: Any, mesh: jax.sharding.Mesh) -> Evaluator:
     """Retrieval on the validation split, as an evaluator for the train loop."""
-    options = RetrievalOptions()
-    with_params = make_recommender(spec, t5.graph(config), DecodingOptions(), partitioning.batch_sharding(mesh))
+    options, decoding = RetrievalOptions(), DecodingOptions()
+    partitioning.check_batch_size("EVAL_BATCH_SIZE", decoding.batch_size, mesh)
+    with_params = make_recommender(spec, t5.graph(config), decoding, partitioning.batch_sharding(mesh))
     queries = retrieval.evaluation_queries(spec.corpus, "validation", options.max_users)
 
     def evaluator(params: Any) -> Iterator[tuple[str, float]]:

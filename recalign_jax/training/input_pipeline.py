@@ -9,6 +9,7 @@ depend on the number of processes.
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Iterator, Sequence
 
 import gin
@@ -116,7 +117,8 @@ def addresses(stream: Stream, window: int) -> list[tuple[int, int, int]]:
     found = []
     for task, spec in enumerate(stream.specs):
         count = samples.num_examples(spec, stream.split)
-        shuffled = _shuffled(count, (stream.seed * 1_000_003 + task) % 2**32)
+        # By name, so that tasks with equally many examples don't share their orders.
+        shuffled = _shuffled(count, zlib.crc32(f"{stream.seed} {spec.name}".encode()))
         found += [(task, position // count, shuffled[position]) for position in range(first[task], last[task])]
     return found
 

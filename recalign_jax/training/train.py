@@ -109,8 +109,10 @@ def train(
 
     # ---------------------------------------------------------------- input streams
     stream = input_pipeline.make_stream(components, "train", options.seed, input_options)
-    few = dataclasses.replace(input_options, window=VALIDATION_WINDOW)
-    held_out = input_pipeline.make_stream(components, "validation", options.seed, few)
+    held_out = None
+    if options.eval_period:
+        few = dataclasses.replace(input_options, window=VALIDATION_WINDOW)
+        held_out = input_pipeline.make_stream(components, "validation", options.seed, few)
 
     # ---------------------------------------------------------------- the newest checkpoint, or a new run
     model_dir = pathlib.Path(options.model_dir)
@@ -177,7 +179,7 @@ def train(
                     f"The loss is {record['loss']} in steps {step - int(sums['steps']) + 1} to {step}. The newest "
                     f"checkpoint is of step {checkpoints.latest_step() or 'none'}; a lower LEARNING_RATE may help."
                 )
-            if evaluates:
+            if evaluates and held_out is not None:
                 record |= _evaluate(eval_step, evaluators, state.params, held_out, batch_sharding, names)
             run_log.write(step, record)
             advance(0, note=f"loss {record['loss']:.3f}")
