@@ -8,7 +8,7 @@ the one before it the validation target, and the n - 2 before those are the trai
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -127,7 +127,7 @@ def write_history(spec: TaskSpec, history: np.ndarray, limit: int = NO_LIMITS.in
     """The retrieval prompt for any history of item numbers, oldest first: int32 [L], with end of sequence."""
     words = _words(spec)
     items = [spec.catalog.pieces(item) for item in history[-spec.options.history_length :]]
-    dropped = _num_dropped(words, "retrieval", np.asarray([len(item) for item in items]), limit)
+    dropped = _num_dropped(words, "retrieval", np.asarray([len(item) for item in items], np.int64), limit)
     return _write(words, "retrieval", items[dropped:])
 
 
@@ -214,7 +214,7 @@ def _num_dropped(words: _Words, family: str, lengths: np.ndarray, limit: int) ->
     """
     question = len(words.before[family]) + len(words.after[family]) - len(words.separator)
     with_newer = np.cumsum((lengths + len(words.separator))[::-1])[::-1] + question
-    return min(int((with_newer > limit).sum()), len(lengths) - 1)
+    return min(int((with_newer > limit).sum()), max(len(lengths) - 1, 0))
 
 
 def _write(words: _Words, family: str, items: list[np.ndarray]) -> np.ndarray:
@@ -225,7 +225,7 @@ def _joined(words: _Words, items: list[np.ndarray]) -> list[np.ndarray]:
     return [part for item in items for part in (words.separator, item)][1:]
 
 
-def _target(spec: TaskSpec, items) -> np.ndarray:
+def _target(spec: TaskSpec, items: Iterable[int]) -> np.ndarray:
     """Target tokens: one item is its catalogue sequence; several are joined by the separator."""
     catalog, words = spec.catalog, _words(spec)
     sequences = [catalog.tokens[item][: catalog.lengths[item] - 1] for item in items]

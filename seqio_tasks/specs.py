@@ -25,7 +25,7 @@ MIXTURES = {"retrieval_aligned": ("retrieval", "mim")}
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class TaskOptions:
-    """Choices that the paper leaves open (see docs/protocol.md), one set for all tasks of a run.
+    """Choices that the paper leaves open, one set for all tasks of a run.
 
     Attributes:
       history_length: most items of a user's past in a prompt; the newest stay.

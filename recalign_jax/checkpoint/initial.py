@@ -35,6 +35,7 @@ def load_initial(path: str, config: T5Config, seed: int, params: Any) -> Any:
     folder = pathlib.Path(path).expanduser()
     if (folder / "config.json").is_file():
         reader: ModuleType = huggingface
+        _check_tied(huggingface.read_config(folder), config, path)
         arrays, embedding = huggingface.read_arrays(folder), "shared.weight"
     elif (folder / "checkpoint").is_file() or (folder / "state").is_dir():
         reader = t5x
@@ -60,3 +61,12 @@ def load_initial(path: str, config: T5Config, seed: int, params: Any) -> Any:
             loaded[name] = np.concatenate([old, rest], axis)
     flat = stacking.flatten(params)
     return stacking.unflatten({name: jax.device_put(array, flat[name].sharding) for name, array in loaded.items()})
+
+
+def _check_tied(there: T5Config, config: T5Config, path: str) -> None:
+    for field in ("logits_via_embedding", "scale_decoder_outputs"):
+        if getattr(there, field) != getattr(config, field):
+            raise InputError(
+                f"INITIAL_CHECKPOINT {path} is a model with {field} {getattr(there, field)}, yours has "
+                f"{getattr(config, field)}: set --gin.T5Config.{field}={getattr(there, field)}."
+            )
