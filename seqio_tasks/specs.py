@@ -102,6 +102,11 @@ def split_name(name: str, data_dir: str | pathlib.Path | None) -> tuple[str, str
             for item_format in ITEM_FORMATS:
                 if name in (f"{corpus}_{base}_{item_format}", f"{corpus}_{with_format(base, item_format)}"):
                     return corpus, base, item_format
+        if name.startswith(f"{corpus}_rating") and load_corpus(corpus, data_dir).ratings is None:
+            raise InputError(
+                f"Corpus {corpus!r} has no ratings, so there is no {name!r}. Prepare it from interactions with a "
+                "rating column."
+            )
         raise InputError(f"Unknown task {name!r} of corpus {corpus!r}.{did_you_mean(name, names_for(corpus))}")
     known = [task for corpus in prepared for task in names_for(corpus)]
     raise InputError(

@@ -145,6 +145,14 @@ def test_train_lowers_the_loss(shop):
     assert result["loss"] < 0.7 * records[0]["loss"]
 
 
+def test_quickstart_configuration(shop):
+    files = ("--gin_file", "gin_configs/experiments/quickstart.gin", "--gin.BATCH_SIZE=8", "--gin.WARMUP_STEPS=1")
+    task = ("--gin.MIXTURE_OR_TASK_NAME=shop_retrieval_aligned_token", f"--gin.MODEL_DIR={shop.folder / 'quick'}")
+    # The vocabulary of so small a corpus spells the prompt out.
+    longer = "--gin.TASK_FEATURE_LENGTHS={'inputs': 80, 'targets': 8}"
+    assert shop("train", *files, *task, shop.vocabulary, "--gin.TRAIN_STEPS=2", longer)["step"] == 2
+
+
 @pytest.mark.parametrize("task", ["shop_retrieval", "shop_mim_token", "shop_retrieval_aligned"])
 def test_train_other_tasks(shop, task):
     assert shop.train(task, "--gin.TRAIN_STEPS=1", task=task)["step"] == 1
@@ -267,6 +275,8 @@ def test_a_finished_run_is_left_alone(shop, trained):
         (["--gin.TRIAN_STEPS=5"], "Did you mean 'TRAIN_STEPS'?"),
         (["--gin.MIXTURE_OR_TASK_NAME=shop_retreival"], "Did you mean 'shop_retrieval'?"),
         (["--gin.MIXTURE_OR_TASK_NAME=shopp_retrieval"], "no prepared corpus"),
+        (["--gin.MIXTURE_OR_TASK_NAME=shop_rating"], "has no ratings"),
+        (["--gin.BATCH_SIZE=0"], "BATCH_SIZE"),
         (["--gin.VOCABULARY=/nowhere/x.model"], "/nowhere/x.model"),
         (["--gin.OPTIMIZER=adamm"], "Did you mean 'adamw'?"),
         (["--gin.REMAT=most"], "remat"),

@@ -6,11 +6,14 @@ import pathlib
 
 import gin
 import jax
+import jax.numpy as jnp
 import pytest
 from flax import nnx
 
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
+from recalign_jax.training.optimizer import make_optimizer
+from recalign_jax.training.step import TrainState, make_train_step
 from tests.shared_data import shared
 
 FILES = pathlib.Path(__file__).resolve().parents[1] / "gin_configs" / "models"
@@ -22,6 +25,9 @@ PUBLISHED = {
     "flan_t5_xl": 2_849_757_184,
     "flan_t5_xxl": 11_135_332_352,
 }
+
+ENCODER = ("encoder_input_tokens", "encoder_segment_ids")
+DECODER = ("decoder_input_tokens", "decoder_target_tokens", "decoder_segment_ids", "decoder_task_ids")
 
 
 @pytest.fixture
@@ -99,3 +105,25 @@ def test_macros_override(config_of):
     config = config_of("t5_tiny", *bindings)
     assert (config.dropout_rate, config.activation_dtype, config.remat) == (0.0, "bfloat16", "full")
     assert (config.emb_dim, config.num_encoder_layers, config.num_decoder_layers) == (64, 2, 2)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FILES.glob("*.gin")))
+def test_every_size_trains_abstractly(config_of, name):
+    """The whole train step of every size, traced without allocating anything."""
+    config = config_of(name)
+    optimizer = make_optimizer("adafactor", 1e-3)
+
+    def initialize(key):
+        params = t5.init_params(config, key)
+        return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+    tokens = {key: jax.ShapeDtypeStruct((2, 64), jnp.int32) for key in ENCODER}
+    tokens |= {key: jax.ShapeDtypeStruct((2, 16), jnp.int32) for key in DECODER}
+    batch = tokens | {"decoder_loss_weights": jax.ShapeDtypeStruct((2, 16), jnp.float32)}
+    before = jax.eval_shape(initialize, jax.random.key(0))
+    after, sums = jax.eval_shape(make_train_step(t5.graph(config), optimizer, 1e-4, 3, 0), before, batch)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), before
+    )
+    assert sums["loss"].shape == ()
+    assert sums["task_loss"].shape == (3,)

@@ -1,0 +1,85 @@
+"""From prompts to items with the real model: the ranking is that of every item's likelihood, computed one by one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from recalign_jax import partitioning
+from recalign_jax.decoding.likelihood import sequence_scores
+from recalign_jax.evaluation import retrieval
+from recalign_jax.model import t5
+from recalign_jax.model.config import T5Config
+from recalign_jax.recommender import DecodingOptions, make_recommender
+from seqio_tasks import samples, specs
+
+BATCH = 8
+
+
+@pytest.fixture(scope="module", params=["title", "token"])
+def spec(request, shop_corpus, shop_words):
+    return specs.make_spec(shop_corpus, "retrieval", request.param, shop_words, specs.TaskOptions())
+
+
+@pytest.fixture(scope="module")
+def model(spec):
+    config = T5Config(
+        emb_dim=16, num_heads=2, head_dim=8, num_encoder_layers=1, num_decoder_layers=2, mlp_dim=32,
+        vocab_size=384, num_tokens=spec.num_tokens, activation_dtype="float32",
+    )  # fmt: skip
+    random = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(random.normal(0, 0.5, leaf.shape), jnp.float32), t5.abstract_params(config)
+    )
+    return t5.graph(config), params
+
+
+def likelihoods(spec, graphdef, params, query) -> np.ndarray:
+    """log p(item | history) of every item, teacher-forced: [I]."""
+    prompt = samples.write_history(spec, query.history, 512)
+    targets = jnp.asarray(spec.catalog.tokens)  # [I, T]
+    inputs = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+    tokens = jnp.tile(jnp.asarray(prompt)[None], (len(targets), 1))
+    return np.array(sequence_scores(nnx.merge(graphdef, params)(tokens, inputs), targets))
+
+
+def test_ranking_equals_exhaustive_likelihood(spec, model):
+    graphdef, params = model
+    sharding = partitioning.batch_sharding(partitioning.make_mesh({"data": -1}))
+    options = DecodingOptions(num_beams=64, top_k=12, batch_size=BATCH)
+    recommend = make_recommender(spec, graphdef, options, sharding)(params)
+    queries = retrieval.evaluation_queries(spec.corpus, "test")[:11]  # one batch and a part of one
+    excluded = [query.history for query in queries]
+    seen = []
+    for chosen, items, scores in recommend(queries, excluded):
+        for number, ranked, score in zip(chosen, items, scores, strict=True):
+            expected = likelihoods(spec, graphdef, params, queries[number])
+            expected[excluded[number]] = -np.inf
+            best = np.sort(expected[np.isfinite(expected)])[::-1][: options.top_k]
+            seen.append(number)
+            found = ranked[ranked >= 0]
+            assert len(found) == len(best) == len(set(found.tolist()))
+            assert not set(found.tolist()) & set(excluded[number].tolist())
+            np.testing.assert_allclose(score[: len(found)], best, atol=1e-4)
+            np.testing.assert_allclose(score[: len(found)], expected[found], atol=1e-4)
+    assert sorted(seen) == list(range(len(queries)))
+
+
+def test_evaluation_counts_what_the_lists_hold(spec):
+    """Against a recommender whose answers are known: the target second for every other user, absent for the rest."""
+    queries = retrieval.evaluation_queries(spec.corpus, "validation")
+
+    def recommend(asked, excluded):
+        for number, query in enumerate(asked):
+            others = np.setdiff1d(np.arange(spec.corpus.num_items), [query.target])[:10]
+            items = np.insert(others, 1, query.target)[:10] if number % 2 == 0 else others
+            yield np.asarray([number]), items[None].astype(np.int32), np.zeros((1, 10), np.float32)
+
+    values = retrieval.evaluate(recommend, queries, retrieval.RetrievalOptions())
+    hits = (len(queries) + 1) // 2 / len(queries)
+    for suffix in ("", "_unfiltered"):
+        assert values[f"recall@5{suffix}"] == pytest.approx(hits)
+        assert values[f"ndcg@10{suffix}"] == pytest.approx(hits / np.log2(3))
+        assert values[f"mrr@10{suffix}"] == pytest.approx(hits / 2)
+    assert values["users"] == len(queries) == len(spec.corpus.evaluation_users)
