@@ -96,7 +96,8 @@ def test_columns_by_name(tmp_path):
     result = prepared("tables", tmp_path, tmp_path / "data", "named", *flags)
     assert result.ratings.tolist() == [4]
     assert result.item_text(0).title == "Thing"
-    assert result.metadata["options"]["user_column"] == "who"
+    columns = {"user": "who", "item": "what", "timestamp": "when", "rating": "stars"}
+    assert result.metadata["options"]["columns"] == columns
 
 
 # Bad rows.
