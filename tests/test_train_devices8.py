@@ -1,4 +1,4 @@
-"""The train loop over eight devices: every mesh gives the loss curve of one device, and the state is really split."""
+"""The train loop over eight devices: every mesh gives the loss curve of one device."""
 
 import json
 
