@@ -1,8 +1,7 @@
 """A sample is a pure function of (task, split, index, epoch, seed), in numpy over pre-tokenized pieces.
 
 No sample depends on the one before it, so the trainer finds sample n of a run by arithmetic, and SeqIO maps
-over indices. Splits are by position, leave one out: of a user's n interactions the last is the test target,
-the one before it the validation target, and the n - 2 before those are the training part.
+over indices. Which interaction belongs to which split is `corpus.holdout`'s to say.
 """
 
 import dataclasses
@@ -13,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from recalign_jax.corpus import holdout
 from recalign_jax.corpus.corpus import Corpus
 from seqio_tasks import prompts
 from seqio_tasks.specs import TaskSpec
@@ -92,7 +92,7 @@ def retrieval_query(corpus: Corpus, split: str, index: int) -> Query:
         position = index - int(first_of_user[user]) + 1
     else:
         user = int(corpus.evaluation_users[index])
-        position = len(corpus.sequence(user)) - (2 if split == "validation" else 1)
+        position = int(holdout.target_positions(corpus.lengths[user], split))
     sequence = corpus.sequence(user)
     return Query(user, sequence[:position], int(sequence[position]))
 
@@ -143,7 +143,7 @@ def _mim(spec: TaskSpec, split: str, index: int, random: np.random.Generator, li
         end = int(corpus.training_lengths[user])
     else:
         user = int(corpus.evaluation_users[index])
-        end = len(corpus.sequence(user)) - (1 if split == "validation" else 0)
+        end = int(holdout.target_positions(corpus.lengths[user], split)) + 1
     length = min(end, options.history_length)
     # Any window of the training part may be drawn; the newest one holds the held-out target.
     start = int(random.integers(end - length + 1)) if split == "train" else end - length

@@ -63,15 +63,6 @@ class TaskSpec:
         return self.corpus.name + "_" + with_format(self.family, self.catalog.item_format)
 
     @property
-    def fingerprint(self) -> dict[str, str]:
-        """What a checkpoint trained on this task depends on."""
-        return {
-            "corpus": self.corpus.fingerprint,
-            "catalog": self.catalog.fingerprint,
-            "vocabulary": self.vocabulary.fingerprint,
-        }
-
-    @property
     def num_tokens(self) -> int:
         """Number of entries of the vocabulary, item tokens included."""
         return self.vocabulary.num_tokens + (self.corpus.num_items if self.catalog.item_format == "token" else 0)

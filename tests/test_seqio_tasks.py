@@ -256,7 +256,7 @@ def test_every_name_of_a_corpus_is_read_back(two_corpora, corpus):
     ("name", "message"),
     [
         ("shop_retrival", "of corpus 'shop'. Did you mean 'shop_retrieval'"),
-        ("shop_large_rating", "Unknown task 'shop_large_rating' of corpus 'shop_large'"),
+        ("shop_large_ratng", "Unknown task 'shop_large_ratng' of corpus 'shop_large'"),
         ("shpo_retrieval", "Did you mean 'shop_retrieval'.*Prepared: shop, shop_large"),
     ],
 )
@@ -270,11 +270,8 @@ def test_a_task_by_name(shop_corpus, shop_words, data_dir):
     spec = make("shop_retrieval_token")
     assert (spec.name, spec.family, spec.catalog.item_format) == ("shop_retrieval_token", "retrieval", "token")
     assert spec.num_tokens == shop_words.num_tokens + shop_corpus.num_items
-    assert spec.fingerprint == {
-        "corpus": shop_corpus.fingerprint,
-        "catalog": spec.catalog.fingerprint,
-        "vocabulary": shop_words.fingerprint,
-    }
+    assert spec.corpus.fingerprint == shop_corpus.fingerprint
+    assert spec.vocabulary.fingerprint == shop_words.fingerprint
     specs.check_family(spec, "retrieval")
     with pytest.raises(InputError, match="a mim task; retrieval is needed here, as shop_retrieval_token"):
         specs.check_family(make("shop_mim_token"), "retrieval")
