@@ -220,6 +220,17 @@ def test_inspect(shop):
     )
     assert len(result["samples"]) == 2
     assert result["examples"] == USERS * (LENGTH - 3)
+    assert all(sample["inputs"] and sample["targets"] for sample in result["samples"])
+
+
+def test_inspect_finds_a_vocabulary(shop, monkeypatch):
+    arguments = ("--corpus", "shop", "--task", "shop_mim_token", "--split", "validation", "-n", "1")
+    assert "recalign vocab" in shop("inspect", *arguments, status=2)["error"]
+    monkeypatch.setenv("RECALIGN_VOCABULARY", str(shop.folder / "words.model"))
+    from_environment = shop("inspect", *arguments)["samples"]
+    monkeypatch.delenv("RECALIGN_VOCABULARY")
+    shop("vocab", "--corpus", "shop", "--size", "104")
+    assert len(shop("inspect", *arguments)["samples"]) == len(from_environment) == 1
 
 
 # Resuming.

@@ -1,12 +1,13 @@
 """`recalign inspect`: the statistics of a corpus, or samples of a task as the model sees them."""
 
 import argparse
+import os
 from typing import Any
 
 import numpy as np
 
 from recalign_jax import terminal
-from recalign_jax.corpus.corpus import Corpus, load_corpus
+from recalign_jax.corpus.corpus import VOCABULARIES, Corpus, data_dir_or_default, load_corpus
 from recalign_jax.corpus.statistics import statistics
 from recalign_jax.errors import InputError
 from seqio_tasks import samples, specs
@@ -15,7 +16,11 @@ from seqio_tasks import samples, specs
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpus", required=True, metavar="NAME", help="name of a prepared corpus")
     parser.add_argument("--task", metavar="TASK", help="render samples of this task, as retrieval or NAME_mim_token")
-    parser.add_argument("--vocabulary", metavar="PATH", help="SentencePiece model; needed with --task")
+    parser.add_argument(
+        "--vocabulary",
+        metavar="PATH",
+        help="SentencePiece model for --task (default: $RECALIGN_VOCABULARY, then the newest of recalign vocab)",
+    )
     parser.add_argument("--split", default="train", choices=samples.SPLITS)
     parser.add_argument("-n", type=int, default=3, help="how many samples")
     parser.add_argument("--seed", type=int, default=0, help="of the choice and the random parts of the samples")
@@ -25,10 +30,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prints statistics, or with --task samples and their token counts."""
     if not args.task:
         return {"statistics": _show_statistics(load_corpus(args.corpus, args.data_dir))}
-    if not args.vocabulary:
-        raise InputError("--task needs --vocabulary PATH, the SentencePiece model to tokenize with.")
     name = args.task if args.task.startswith(args.corpus + "_") else f"{args.corpus}_{args.task}"
-    spec = specs.task_spec(name, args.vocabulary, args.data_dir)
+    spec = specs.task_spec(name, _vocabulary(args), args.data_dir)
     count = samples.num_examples(spec, args.split)
     chosen = np.random.default_rng(args.seed).permutation(count)[: args.n]
     found = []
@@ -41,6 +44,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         terminal.say(f"targets ({len(sample.targets)} tokens): {texts['targets']}")
     terminal.say(f"\n{count} {args.split} examples in all.")
     return {"samples": found, "examples": count}
+
+
+def _vocabulary(args: argparse.Namespace) -> str:
+    """The path of the vocabulary to tokenize with. Raises InputError when there is none."""
+    given = args.vocabulary or os.environ.get("RECALIGN_VOCABULARY")
+    if given:
+        return given
+    folder = data_dir_or_default(args.data_dir) / VOCABULARIES
+    trained = sorted(folder.glob(f"{args.corpus}_*.model"), key=lambda path: path.stat().st_mtime)
+    if not trained:
+        raise InputError(
+            f"--task needs a vocabulary: --vocabulary PATH, or recalign vocab --corpus {args.corpus} --size 1000 first."
+        )
+    return str(trained[-1])
 
 
 def _show_statistics(corpus: Corpus) -> dict[str, Any]:
