@@ -1,16 +1,16 @@
 """What several commands put together in the same way."""
 
 import dataclasses
-from typing import Any
 
 import gin
-import jax
 
 from recalign_jax import gin_config, partitioning, terminal
 from recalign_jax.checkpoint import training as checkpointing
 from recalign_jax.errors import InputError
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
+from recalign_jax.recommender import DecodingOptions, make_recommender
+from seqio_tasks.samples import Recommend
 from seqio_tasks.specs import TaskSpec
 
 ROW_MULTIPLE = 128  # embedding rows come in multiples of this, for the matrix units and for sharding
@@ -39,20 +39,32 @@ def fingerprints(specs: list[TaskSpec]) -> dict[str, str]:
     return found
 
 
-def load_model(spec: TaskSpec, checkpoint_path: str, mesh: jax.sharding.Mesh) -> tuple[Any, Any, int]:
-    """Loads a checkpoint of `recalign train` for a task.
+def load_recommender(
+    spec: TaskSpec, checkpoint_path: str, mesh_shape: dict[str, int] | None, batch_macro: str
+) -> tuple[Recommend, int]:
+    """Loads a checkpoint of `recalign train` as a recommender for a task.
+
+    Args:
+      spec: a retrieval task.
+      checkpoint_path: MODEL_DIR, or one checkpoint in it.
+      mesh_shape: devices along each axis; None puts all along `data`.
+      batch_macro: the gin name of the batch size, for its message.
 
     Returns:
-      (graphdef, params, step).
+      (recommender, step).
 
     Raises:
-      InputError: when there is none, or it was trained with another model, vocabulary or (token format) catalogue.
+      InputError: when there is no checkpoint, it was trained with another model, vocabulary or (token format)
+        catalogue, or the mesh or batch size doesn't fit.
     """
+    mesh = partitioning.make_mesh(mesh_shape or {"data": -1})
+    decoding = DecodingOptions()
+    partitioning.check_batch_size(batch_macro, decoding.batch_size, mesh)
     config = model_config(spec.num_tokens, mesh.shape["model"])
-    params = partitioning.with_shardings(t5.abstract_params(config), mesh)
     _check_trained_for(spec, checkpoint_path)
-    loaded, step = checkpointing.load_params(checkpoint_path, params)
-    return t5.graph(config), loaded, step
+    shapes = partitioning.with_shardings(t5.abstract_params(config), mesh)
+    params, step = checkpointing.load_params(checkpoint_path, shapes)
+    return make_recommender(spec, t5.graph(config), decoding, partitioning.batch_sharding(mesh))(params), step
 
 
 def _check_trained_for(spec: TaskSpec, checkpoint_path: str) -> None:

@@ -5,11 +5,10 @@ from typing import Any
 
 import gin
 
-from recalign_jax import gin_config, partitioning, terminal
-from recalign_jax.commands.common import load_model
+from recalign_jax import gin_config, terminal
+from recalign_jax.commands.common import load_recommender
 from recalign_jax.evaluation import retrieval
 from recalign_jax.evaluation.retrieval import RetrievalOptions
-from recalign_jax.recommender import DecodingOptions, make_recommender
 from seqio_tasks import specs
 
 USES_GIN = True
@@ -51,11 +50,7 @@ def eval_command(
     specs.check_family(spec, "retrieval")
     options = RetrievalOptions()
     queries = retrieval.evaluation_queries(spec.corpus, split, options.max_users)
-    devices = partitioning.make_mesh(mesh or {"data": -1})
-    decoding = DecodingOptions()
-    partitioning.check_batch_size("EVAL_BATCH_SIZE", decoding.batch_size, devices)
-    graphdef, params, step = load_model(spec, checkpoint_path, devices)
-    recommend = make_recommender(spec, graphdef, decoding, partitioning.batch_sharding(devices))(params)
+    recommend, step = load_recommender(spec, checkpoint_path, mesh, "EVAL_BATCH_SIZE")
     values = retrieval.evaluate(recommend, queries, options)
     retrieval.show(f"{spec.name}, {split} split, step {step}, {values['users']} users", {"model": values})
     terminal.say(f"Next to it: recalign baseline --corpus {spec.corpus.name} --method popularity")

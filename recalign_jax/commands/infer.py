@@ -6,11 +6,10 @@ from typing import Any
 
 import gin
 
-from recalign_jax import gin_config, partitioning, terminal
-from recalign_jax.commands.common import load_model
+from recalign_jax import gin_config, terminal
+from recalign_jax.commands.common import load_recommender
 from recalign_jax.errors import InputError
 from recalign_jax.inference import batch
-from recalign_jax.recommender import DecodingOptions, make_recommender
 from seqio_tasks import specs
 
 USES_GIN = True
@@ -59,11 +58,7 @@ def infer_command(
         raise InputError(f"SPLIT is {split!r}, not one of {', '.join(batch.SPLITS)}.")
     spec = specs.task_spec(task_name, vocabulary, data_dir)
     specs.check_family(spec, "retrieval")
-    devices = partitioning.make_mesh(mesh or {"data": -1})
-    decoding = DecodingOptions()
-    partitioning.check_batch_size("BATCH_SIZE", decoding.batch_size, devices)
-    graphdef, params, _ = load_model(spec, checkpoint_path, devices)
-    recommend = make_recommender(spec, graphdef, decoding, partitioning.batch_sharding(devices))(params)
+    recommend, _ = load_recommender(spec, checkpoint_path, mesh, "BATCH_SIZE")
     start = time.monotonic()
     queries = batch.user_queries(spec.corpus, split, max_users)
     output = batch.write_recommendations(recommend, spec.corpus, queries, output_dir, filter_history)
