@@ -5,6 +5,8 @@ import pathlib
 import setuptools
 
 ROOT = pathlib.Path(__file__).parent
+# Beam holds protobuf below 7, for which later versions of sentencepiece are too new.
+BEAM = ["apache-beam>=2.77,<3", "sentencepiece>=0.2,<0.2.2"]
 
 
 def gin_files() -> list[tuple[str, list[str]]]:
@@ -55,6 +57,7 @@ setuptools.setup(
     ],
     extras_require={
         "test": [
+            *BEAM,
             "hypothesis>=6.100",
             "mypy>=1.11",
             "pytest>=8",
@@ -63,6 +66,7 @@ setuptools.setup(
             "scikit-learn>=1.5",
             "torch>=2.5",
         ],
+        "beam": BEAM,
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
     },

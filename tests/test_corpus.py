@@ -1,5 +1,6 @@
 """The corpus: published statistics, k-core, order and hold-out against brute force, storage, atomicity."""
 
+import itertools
 import json
 import math
 import pathlib
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from recalign_jax.commands import inspect, prepare
 from recalign_jax.corpus import build, corpus, holdout
-from recalign_jax.corpus.records import Interaction
+from recalign_jax.corpus.records import Interaction, ItemText
 from recalign_jax.errors import InputError
 from tests.corpora import call, prepared, shared_corpus, write_tables
 
@@ -128,6 +129,24 @@ def test_sequences_are_distinct_items_in_time_order(log, tie_break, seed):
         assert [earliest[item][2] for item, _ in rows] == ratings.tolist()
 
 
+@given(logs, st.lists(st.integers(0, 60), max_size=4), st.booleans())
+def test_parts_of_a_log_join_to_the_whole(log, cuts, rated):
+    rows = [Interaction(f"u{u}", f"i{i}", t, r if rated else None) for u, i, t, r in log]
+    bounds = [0, *sorted(cuts), len(rows)]
+    parts = [build.collect(rows[start:end]) for start, end in itertools.pairwise(bounds)]
+    whole, joined = build.collect(rows), build.join(parts)
+    for expected, found in zip(whole, joined, strict=True):
+        assert type(found) is type(expected)
+        assert np.array_equal(found, expected) if isinstance(found, np.ndarray) else found == expected
+        assert getattr(found, "dtype", None) == getattr(expected, "dtype", None)
+
+
+def test_parts_with_and_without_ratings_do_not_join():
+    parts = [build.collect([Interaction("u", "i", 1, rating)]) for rating in (None, 2.0)]
+    with pytest.raises(InputError, match="Only 1 of 2 interactions have a rating"):
+        build.join(parts)
+
+
 def test_shuffled_ties_move_only_ties_and_depend_on_the_seed():
     rows = [Interaction(f"u{u}", f"i{i}", i // 5, None) for u in range(30) for i in range(20)]
     log = build.collect(rows)
@@ -238,7 +257,7 @@ def test_corpus_json_tells_where_it_comes_from(tmp_path):
     assert counts["interactions_repeated"] == 2
     assert counts["interactions"] == len(rows) - 2
     assert counts["items_dropped_by_k_core"] == 1  # v, which nobody met
-    assert counts["items_not_in_table"] == 2  # z and w
+    assert counts["items_without_text"] == 2  # z and w
     # Of the three of ann and x the one of time 1 is left, with its rating; y has time 1, too.
     ann = next(user for user in range(result.num_users) if result.user_source_id(user) == "ann")
     span = slice(result.user_offsets[ann], result.user_offsets[ann + 1])
@@ -282,6 +301,25 @@ def test_tfds_records_equal_the_arrays(small):
         assert record["ratings"].tolist() == small.ratings[span].tolist()
 
 
+@pytest.mark.parametrize("name", ["items", "users"])
+def test_records_are_what_tfds_itself_writes(small, name):
+    """What TFDS reads, written by TFDS' own serializer, is what stands in the files."""
+    import tensorflow_datasets as tfds
+    from array_record.python import array_record_module
+    from tensorflow_datasets.core import example_serializer
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    builder = tfds.builder_from_directory(small.directory / name)
+    features = builder.info.features
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+    expected = [serializer.get_tf_example(features.encode_example(row)) for row in builder.as_data_source("full")]
+    reader = array_record_module.ArrayRecordReader(str(next((small.directory / name).glob("*.array_record-*"))))
+    assert [tf_example_pb2.Example.FromString(record) for record in reader.read_all()] == expected
+    split = builder.info.splits["full"]
+    assert split.shard_lengths == [len(expected)]
+    assert split.num_bytes == sum(map(len, reader.read_all()))
+
+
 def test_large_datasets_in_several_files_keep_their_order(tmp_path, monkeypatch):
     monkeypatch.setattr("recalign_jax.corpus.datasets._RECORDS_A_FILE", 7)
     rows = [(f"u{user}", f"i{item}", item) for user in range(20) for item in range(30)]
@@ -323,7 +361,7 @@ def test_training_needs_no_tensorflow(small):
 
 
 @pytest.mark.parametrize(
-    "name", ["Beauty", "a-b", "", "a/b", "..", "x_retrieval", "x_semantic_id", "x_all", "vocabularies"]
+    "name", ["Beauty", "a-b", "", "a/b", "..", "x_retrieval", "x_semantic_id", "x_all", "vocabularies", "downloads"]
 )
 def test_names_that_cannot_be_a_corpus(name, tmp_path):
     with pytest.raises(InputError, match="cannot be a corpus"):
@@ -424,6 +462,40 @@ def test_what_the_commands_return(small, capsys):
     assert shown["statistics"]["shared_titles"] == 2
     assert shown["statistics"]["tied_test_items"] == 0.5
     assert shown["statistics"]["tied_pairs"] == 2 / 6
+
+
+def test_columns_and_ratings_are_named_by_flags(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "interactions.csv").write_text("who,what,when,stars\nann,x,1,5\nbob,x,2,6\n")
+    (raw / "items.csv").write_text("what,name,kinds,maker,cost,colour\nx,Sponge,a|b,Acme,2.5,red\n")
+    flags = ["user=who", "item=what", "timestamp=when", "rating=stars", "title=name"]
+    flags += ["categories=kinds", "brand=maker", "price=cost"]
+    flags = [part for flag in flags for part in (f"--{flag.split('=')[0]}_column", flag.split("=")[1])]
+    flags += ["--rating_range", "1", "5"]
+    with pytest.raises(InputError, match="line 3: stars must be from 1 to 5, not 6"):
+        prepared("tables", raw, tmp_path, "named", *flags)
+    result = prepared("tables", raw, tmp_path, "named", *flags, "--on_error", "skip")
+    assert result.item_text(0) == ItemText("Sponge", ("a", "b"), "Acme", 2.5, {"colour": "red"})
+    assert (result.user_source_id(0), result.ratings.tolist()) == ("ann", [5])
+    options = result.metadata["options"]
+    assert (options["rating_range"], options["columns"]["title"]) == ([1, 5], "name")
+    for bad in (["--source", "movielens"], ["--rating_range", "5", "1"]):
+        with pytest.raises(InputError, match=r"--\w+"):
+            prepared("tables", raw, tmp_path, "bad", *flags, *bad)
+
+
+def test_a_download_is_prepared(tmp_path, monkeypatch, capsys):
+    raw = write_tables(tmp_path / "raw", ROWS, ITEMS)
+    asked = []
+    monkeypatch.setattr("recalign_jax.corpus.download.fetch", lambda *args: asked.append(args) or raw)
+    flags = ["--source", "tables", "--corpus", "fetched"]
+    assert call(prepare, tmp_path, *flags, "--download", "ml-1m")["interactions"] == len(ROWS)
+    assert asked == [("tables", "ml-1m", tmp_path)]
+    for both_or_none in ([], ["--download", "ml-1m", "--input", str(raw)]):
+        with pytest.raises(SystemExit):
+            call(prepare, tmp_path, *flags, "--overwrite", *both_or_none)
+    assert "--input --download" in capsys.readouterr().err
 
 
 def test_statistics_of_a_corpus_without_any_target(tmp_path):

@@ -1,27 +1,28 @@
-"""`recalign prepare`: builds a corpus from raw data."""
+"""`recalign prepare`: builds a corpus from raw data, or adds raw data to one."""
 
 import argparse
 import pathlib
 from typing import Any
 
 from recalign_jax import errors, terminal
-from recalign_jax.corpus import build
-from recalign_jax.corpus.corpus import check_name, data_dir_or_default
-from recalign_jax.corpus.prepare import SOURCES, PrepareOptions, prepare
-from recalign_jax.corpus.sources import rejects
-
-_COLUMNS = ("user", "item", "timestamp", "rating")
+from recalign_jax.corpus import build, download, prepare
+from recalign_jax.corpus.corpus import check_name, data_dir_or_default, load_corpus
+from recalign_jax.corpus.extend import OF_THE_CORPUS, SIZES, extend, is_nothing
+from recalign_jax.corpus.prepare import SOURCES, PrepareOptions
+from recalign_jax.corpus.sources import rejects, tables
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the command."""
     parser.add_argument("--source", required=True, choices=list(SOURCES), help="kind of the raw data")
-    parser.add_argument("--input", required=True, metavar="DIR", help="folder with the raw data")
+    raw = parser.add_mutually_exclusive_group(required=True)
+    raw.add_argument("--input", metavar="DIR", help="folder with the raw data")
+    names = "; ".join(f"{source}: {', '.join(known)}" for source, known in download.DOWNLOADS.items())
+    raw.add_argument("--download", metavar="NAME", help=f"published raw data, kept in DATA_DIR/downloads ({names})")
     parser.add_argument("--corpus", required=True, metavar="NAME", help="name of the corpus: [a-z0-9_]+")
     parser.add_argument(
         "--k_core",
         type=int,
-        default=0,
         metavar="N",
         help="keep only users and items with at least N interactions, found iteratively (default 0: keep all, also "
         "items of the items table that nobody met)",
@@ -29,46 +30,100 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tie_break",
         choices=build.TIE_BREAKS,
-        default="file",
-        help="order of a user's interactions with equal timestamps: as in the file, or shuffled by --seed",
+        help="order of a user's interactions with equal timestamps: as in the file (default), or shuffled by --seed",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the numbering of users and items and of shuffled ties")
+    parser.add_argument("--seed", type=int, help="of the numbering of users and items and of shuffled ties (default 0)")
     parser.add_argument(
         "--on_error",
         choices=rejects.ON_ERROR,
         default="fail",
         help="stop at a bad row, or leave such rows out and list them in rejected.jsonl",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a corpus of this name")
-    for name in _COLUMNS:
+    replacing = parser.add_mutually_exclusive_group()
+    replacing.add_argument("--overwrite", action="store_true", help="replace a corpus of this name")
+    replacing.add_argument(
+        "--extend",
+        action="store_true",
+        help="add new users, items and interactions to the corpus of this name, whose numbers stay; its own "
+        "--k_core, --tie_break and --seed apply",
+    )
+    for name in tables.Columns._fields:
         parser.add_argument(f"--{name}_column", metavar="NAME", help=f"name of the {name} column (--source tables)")
+    parser.add_argument(
+        "--rating_range",
+        type=float,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="a rating out of this range makes a bad row (--source tables; the other sources have ranges of their own)",
+    )
+    parser.add_argument(
+        "--runner",
+        metavar="NAME",
+        help="parse the raw data on this Apache Beam runner (DirectRunner, FlinkRunner, ...), not in this process",
+    )
+    parser.add_argument(
+        "--beam_options", default="", metavar="FLAGS", help='flags for it: --beam_options="--NAME=VALUE ..."'
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Builds the corpus and prints what was counted."""
+    """Builds or extends the corpus and prints what was counted."""
     name = check_name(args.corpus)
-    directory = data_dir_or_default(args.data_dir) / name
+    data_dir = data_dir_or_default(args.data_dir)
+    directory = data_dir / name
     _check_flags(args, directory)
-    columns = {column: value for column in _COLUMNS if (value := getattr(args, f"{column}_column")) is not None}
-    options = PrepareOptions(args.source, args.k_core, args.tie_break, args.seed, args.on_error, columns)
-    counts, rejected = prepare(pathlib.Path(args.input).expanduser(), directory, options)
-    terminal.table(f"Corpus {name}", ["", "count"], [(key.replace("_", " "), f"{n:,}") for key, n in counts.items()])
-    terminal.say(f"Written to {directory}. Next: recalign inspect --corpus {name}")
-    return {
-        "users": counts["users"],
-        "items": counts["items"],
-        "interactions": counts["interactions"],
-        "rejected_rows": rejected,
+    named = {column: getattr(args, f"{column}_column") for column in tables.Columns._fields}
+    columns = {column: value for column, value in named.items() if value is not None}
+    options = PrepareOptions(
+        source=args.source,
+        k_core=args.k_core or 0,
+        tie_break=args.tie_break or build.TIE_BREAKS[0],
+        seed=args.seed or 0,
+        on_error=args.on_error,
+        columns=columns,
+        rating_range=args.rating_range and tuple(args.rating_range),
+        runner=args.runner,
+    )
+    if args.download is not None:
+        folder = download.fetch(args.source, args.download, data_dir)
+    else:
+        folder = pathlib.Path(args.input).expanduser()
+    counts = (extend if args.extend else prepare.prepare)(folder, directory, options, args.beam_options)
+    title = f"Added to corpus {name}" if args.extend else f"Corpus {name}"
+    terminal.table(title, ["", "count"], [(key.replace("_", " "), f"{n:,}") for key, n in counts.items()])
+    result = {
+        **{size: counts[size] for size in SIZES},
+        "rejected_rows": counts["interactions_rejected"] + counts["items_rejected"],
         "corpus_dir": str(directory),
     }
+    if args.extend:
+        total = load_corpus(name, args.data_dir).metadata["counts"]
+        result |= {size: total[size] for size in SIZES} | {f"{size}_added": counts[size] for size in SIZES}
+    if args.extend and is_nothing(counts):
+        terminal.say(f"Nothing new: {directory} stays as it was.")
+    else:
+        terminal.say(f"Written to {directory}. Next: recalign inspect --corpus {name}")
+    return result
 
 
 def _check_flags(args: argparse.Namespace, directory: pathlib.Path) -> None:
     for flag in ("k_core", "seed"):
-        if getattr(args, flag) < 0:
+        if (getattr(args, flag) or 0) < 0:
             raise errors.InputError(f"--{flag} must not be negative, but is {getattr(args, flag)}.")
-    if directory.exists():
+    if args.rating_range is not None and not args.rating_range[0] < args.rating_range[1]:
+        raise errors.InputError("--rating_range takes the lowest rating and then the highest.")
+    if args.beam_options and args.runner is None:
+        raise errors.InputError("--beam_options are for a --runner, and none is given.")
+    if args.extend:
+        given = [f"--{flag}" for flag in OF_THE_CORPUS if getattr(args, flag) is not None]
+        if given:
+            own = load_corpus(directory.name, directory.parent).metadata["options"]
+            has = ", ".join(f"{flag} {own[flag]}" for flag in OF_THE_CORPUS)
+            raise errors.InputError(f"{', '.join(given)} cannot change with --extend: the corpus has {has}.")
+    elif directory.exists():
         if not args.overwrite:
-            raise errors.InputError(f"{directory} exists. Choose another name, or replace it with --overwrite.")
+            raise errors.InputError(
+                f"{directory} exists. Choose another name, replace it with --overwrite, or add to it with --extend."
+            )
         if not (directory / "corpus.json").is_file():
             raise errors.InputError(f"{directory} exists and is not a corpus, so it will not be replaced.")

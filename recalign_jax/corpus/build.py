@@ -6,6 +6,9 @@
    about the id, the time or the place in the file.
 4. Each user's interactions are put in order of (timestamp, order in the file), or, for `tie_break="shuffle"`, of
    (timestamp, a seeded random key): where many share a timestamp, the order of a file can give targets away.
+
+A corpus is extended by the same steps: its own interactions come first in the log, stay whatever comes after them,
+and keep their numbers and their order. Building one from nothing is extending the empty corpus.
 """
 
 import array
@@ -23,7 +26,7 @@ _USERS, _ITEMS, _TIES = range(3)
 
 
 class Interactions(NamedTuple):
-    """Interactions in the order of the file. Users and items are numbered by appearance: positions in the ids."""
+    """Interactions in the order of the file. Users and items are positions in the ids, which are all different."""
 
     users: np.ndarray  # int32 [N]
     items: np.ndarray  # int32 [N]
@@ -51,8 +54,11 @@ class Sequences(NamedTuple):
     item_ids: list[str]  # [I]
 
 
+EMPTY = Sequences(np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int64), None, [], [])
+
+
 def collect(stream: Iterable[Interaction]) -> Interactions:
-    """Reads the stream into arrays (24 bytes an interaction). Raises InputError if only some have a rating."""
+    """Reads the stream into arrays (20 bytes an interaction). Raises InputError if only some have a rating."""
     users, items, timestamps, ratings = array.array("i"), array.array("i"), array.array("q"), array.array("f")
     user_numbers: dict[str, int] = {}
     item_numbers: dict[str, int] = {}
@@ -62,20 +68,51 @@ def collect(stream: Iterable[Interaction]) -> Interactions:
         timestamps.append(timestamp)
         if rating is not None:
             ratings.append(rating)
-    if len(ratings) not in (0, len(users)):
-        raise errors.InputError(f"Only {len(ratings)} of {len(users)} interactions have a rating. Give all or none.")
+    return _log(users, items, timestamps, ratings, user_numbers, item_numbers)
+
+
+def join(parts: Iterable[Interactions]) -> Interactions:
+    """Returns the interactions of all parts, one part after the other, as one log.
+
+    The ids of the first part stay at their positions; those that later parts add follow in the order of their ids.
+    Raises InputError if only some parts have ratings.
+    """
+    users, items, timestamps, ratings = array.array("i"), array.array("i"), array.array("q"), array.array("f")
+    user_numbers: dict[str, int] = {}
+    item_numbers: dict[str, int] = {}
+    for part in parts:
+        users.frombytes(_continued(user_numbers, part.user_ids)[part.users].tobytes())
+        items.frombytes(_continued(item_numbers, part.item_ids)[part.items].tobytes())
+        timestamps.frombytes(part.timestamps.tobytes())
+        if part.ratings is not None:
+            ratings.frombytes(part.ratings.tobytes())
+    return _log(users, items, timestamps, ratings, user_numbers, item_numbers)
+
+
+def log_of(sequences: Sequences) -> Interactions:
+    """Returns the interactions of a corpus, user by user, with its numbers."""
+    lengths = np.diff(sequences.offsets)
     return Interactions(
-        np.asarray(users, np.int32),
-        np.asarray(items, np.int32),
-        np.asarray(timestamps, np.int64),
-        np.asarray(ratings, np.float32) if ratings else None,
-        list(user_numbers),
-        list(item_numbers),
+        users=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
+        items=sequences.items,
+        timestamps=sequences.timestamps,
+        ratings=sequences.ratings,
+        user_ids=sequences.user_ids,
+        item_ids=sequences.item_ids,
     )
 
 
-def first_of_each_pair(users: np.ndarray, items: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
-    """Returns bool [N], true at the earliest (of the same time: the first) interaction of each (user, item)."""
+def first_of_each_pair(users: np.ndarray, items: np.ndarray, timestamps: np.ndarray, num_kept: int = 0) -> np.ndarray:
+    """Returns bool [N], true at the earliest (of the same time: the first) interaction of each (user, item).
+
+    Args:
+      users: int32 [N].
+      items: int32 [N].
+      timestamps: int64 [N].
+      num_kept: so many from the start are different pairs that stay, also where a later one is of an earlier time.
+    """
+    timestamps = timestamps.copy()
+    timestamps[:num_kept] = np.iinfo(np.int64).min
     order = np.lexsort((timestamps, items, users))  # stable, so ties stay in the order of the file
     users, items = users[order], items[order]
     first = np.ones(len(order), bool)
@@ -97,27 +134,40 @@ def k_core(users: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:
         kept = smaller
 
 
-def shuffled(ids: Iterable[str], seed: int, stream: int) -> list[str]:
-    """Returns the ids in an order that depends on nothing but the set of ids and the seed."""
+def shuffled(ids: Iterable[str], seed: int, stream: int, extensions: int = 0) -> list[str]:
+    """Returns the ids in an order that depends on nothing but the set of ids and the three numbers."""
     in_order = sorted(ids)
-    return [in_order[i] for i in np.random.default_rng([seed, stream]).permutation(len(in_order))]
+    return [in_order[i] for i in np.random.default_rng([seed, stream, extensions]).permutation(len(in_order))]
 
 
-def sequences(log: Interactions, other_item_ids: Iterable[str], tie_break: str, seed: int) -> Sequences:
+def sequences(
+    log: Interactions,
+    other_item_ids: Iterable[str],
+    tie_break: str,
+    seed: int,
+    before: Sequences = EMPTY,
+    extensions: int = 0,
+) -> Sequences:
     """Numbers users and items at random and orders the interactions of each user by time.
 
     Args:
-      log: the interactions to keep; ids that no interaction refers to are left out.
+      log: the interactions to keep; ids that no interaction refers to are left out. It begins with those of `before`
+        (see `log_of`), whose users and items keep their numbers; of the same time they stay before the others.
       other_item_ids: items without interactions, to be numbered among the others.
       tie_break: one of TIE_BREAKS.
       seed: not negative.
+      before: the corpus that is extended.
+      extensions: how many times it will then have been; each has its own random numbers.
     """
-    user_ids = shuffled((log.user_ids[number] for number in np.unique(log.users)), seed, _USERS)
-    met = {log.item_ids[number] for number in np.unique(log.items)}
-    item_ids = shuffled(met.union(other_item_ids), seed, _ITEMS)
+    known_users, known_items, known = len(before.user_ids), len(before.item_ids), len(before.items)
+    new_users = (log.user_ids[number] for number in np.unique(log.users) if number >= known_users)
+    new_items = {log.item_ids[number] for number in np.unique(log.items) if number >= known_items}
+    user_ids = [*before.user_ids, *shuffled(new_users, seed, _USERS, extensions)]
+    item_ids = [*before.item_ids, *shuffled(new_items.union(other_item_ids), seed, _ITEMS, extensions)]
     users = _renumber(log.user_ids, user_ids)[log.users]
-    rows = np.arange(len(users))
-    ties = rows if tie_break == "file" else np.random.default_rng([seed, _TIES]).permutation(rows)
+    ties = np.arange(len(users))
+    if tie_break == "shuffle":
+        ties[known:] = known + np.random.default_rng([seed, _TIES, extensions]).permutation(len(users) - known)
     order = np.lexsort((ties, log.timestamps, users))
     offsets = np.zeros(len(user_ids) + 1, np.int64)
     np.cumsum(np.bincount(users, minlength=len(user_ids)), out=offsets[1:])
@@ -129,6 +179,31 @@ def sequences(log: Interactions, other_item_ids: Iterable[str], tie_break: str, 
         user_ids=user_ids,
         item_ids=item_ids,
     )
+
+
+def _log(
+    users: array.array,
+    items: array.array,
+    timestamps: array.array,
+    ratings: array.array,
+    user_numbers: dict[str, int],
+    item_numbers: dict[str, int],
+) -> Interactions:
+    if len(ratings) not in (0, len(users)):
+        raise errors.InputError(f"Only {len(ratings)} of {len(users)} interactions have a rating. Give all or none.")
+    return Interactions(
+        np.asarray(users, np.int32),
+        np.asarray(items, np.int32),
+        np.asarray(timestamps, np.int64),
+        np.asarray(ratings, np.float32) if ratings else None,
+        list(user_numbers),
+        list(item_numbers),
+    )
+
+
+def _continued(numbers: dict[str, int], ids: list[str]) -> np.ndarray:
+    """Gives ids that have none the next numbers; returns the number of each: int32 [len(ids)]."""
+    return np.fromiter((numbers.setdefault(name, len(numbers)) for name in ids), np.int32, len(ids))
 
 
 def _renumber(old: list[str], new: list[str]) -> np.ndarray:

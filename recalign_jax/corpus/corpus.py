@@ -18,7 +18,9 @@ _RESERVED_SUFFIXES = (
     *("_retrieval", "_ranking", "_rating", "_mim", "_mlm", "_bpr", "_aligned", "_all"),
     *("_title", "_id", "_token", "_semantic_id", "_random"),
 )
-VOCABULARIES = "vocabularies"  # a folder of the data directory that isn't a corpus
+# Folders of the data directory that aren't corpora.
+VOCABULARIES = "vocabularies"
+_OTHER_FOLDERS = (VOCABULARIES, "downloads")
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,12 +95,21 @@ class Corpus:
         users = self.evaluation_users
         return self.items[self.user_offsets[users] + holdout.target_positions(self.lengths[users], split)]
 
+    @property
+    def in_training(self) -> np.ndarray:
+        """Which interactions are for training: bool [N]."""
+        position = np.arange(self.num_interactions) - np.repeat(self.user_offsets[:-1], self.lengths)
+        return position < np.repeat(self.training_lengths, self.lengths)
+
     @functools.cached_property
     def training_popularity(self) -> np.ndarray:
         """How often each item occurs in the training parts of all users: int64 [I]."""
-        position = np.arange(self.num_interactions) - np.repeat(self.user_offsets[:-1], self.lengths)
-        in_training = position < np.repeat(self.training_lengths, self.lengths)
-        return np.bincount(self.items[in_training], minlength=self.num_items)
+        return np.bincount(self.items[self.in_training], minlength=self.num_items)
+
+    @functools.cached_property
+    def num_rating_values(self) -> int:
+        """How many different ratings there are; 0 without ratings."""
+        return 0 if self.ratings is None else len(np.unique(self.ratings))
 
     @functools.cached_property
     def _item_records(self) -> tuple[list[str], list[ItemText]]:
@@ -142,7 +153,6 @@ def read_corpus(directory: str | os.PathLike[str]) -> Corpus:
     """Opens the corpus that lies in a directory. Raises InputError if it cannot be read."""
     directory = pathlib.Path(directory)
     metadata = storage.read_metadata(directory)
-    rated = (directory / "arrays" / "ratings.npy").is_file()
     corpus = Corpus(
         name=metadata["name"],
         directory=directory,
@@ -152,12 +162,17 @@ def read_corpus(directory: str | os.PathLike[str]) -> Corpus:
         user_offsets=storage.read_array(directory, "user_offsets"),
         items=storage.read_array(directory, "items"),
         timestamps=storage.read_array(directory, "timestamps"),
-        ratings=storage.read_array(directory, "ratings") if rated else None,
+        ratings=storage.read_array(directory, "ratings") if is_rated(directory) else None,
     )
     lengths = {len(array) for array in (corpus.items, corpus.timestamps, corpus.ratings) if array is not None}
     if lengths != {int(corpus.user_offsets[-1])}:
         raise errors.InputError(f"The arrays of {directory} do not belong together. Prepare the corpus again.")
     return corpus
+
+
+def is_rated(directory: pathlib.Path) -> bool:
+    """Returns whether the interactions of the corpus in a directory have ratings."""
+    return (directory / "arrays" / "ratings.npy").is_file()
 
 
 def corpora(data_dir: pathlib.Path) -> list[str]:
@@ -169,8 +184,8 @@ def check_name(name: str) -> str:
     """Returns the name of a corpus, or raises InputError if it cannot be one."""
     if not re.fullmatch(r"[a-z0-9_]+", name):
         raise errors.InputError(f"{name!r} cannot be a corpus: use small letters, digits and underscores.")
-    if name == VOCABULARIES:
-        raise errors.InputError(f"{name!r} cannot be a corpus: the data directory keeps vocabularies there.")
+    if name in _OTHER_FOLDERS:
+        raise errors.InputError(f"{name!r} cannot be a corpus: the data directory keeps {name} there.")
     for suffix in _RESERVED_SUFFIXES:
         if name.endswith(suffix):
             raise errors.InputError(

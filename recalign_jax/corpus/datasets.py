@@ -1,9 +1,11 @@
 """The items and users of a corpus as TFDS datasets in array_record files: record i is item (user) i.
 
-TFDS writes them; `tfds.builder_from_directory(DIR).as_data_source("full")` reads them. Here they are read through
-the array_record reader, which takes no TensorFlow and a tenth of the time of TFDS's own data source.
+TFDS writes what describes them, and `tfds.builder_from_directory(DIR).as_data_source("full")` reads them. Records
+are written and read here: without TensorFlow, in a fifth (writing) and a tenth (reading) of the time TFDS takes.
 """
 
+import itertools
+import math
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -33,20 +35,22 @@ def write_items(directory: pathlib.Path, name: str, ids: Sequence[str], texts: S
         "extra_names": tfds.features.Sequence(tfds.features.Text()),
         "extra_texts": tfds.features.Sequence(tfds.features.Text()),
     }
-    examples = (
-        {
-            "item": item,
-            "item_id": item_id,
-            "title": text.title,
-            "categories": list(text.categories),
-            "brand": text.brand,
-            "price": np.float32("nan" if text.price is None else text.price),
-            "extra_names": list(text.extra),
-            "extra_texts": list(text.extra.values()),
-        }
+    records = (
+        _record(
+            integers={"item": [item]},
+            numbers={"price": [math.nan if text.price is None else text.price]},
+            strings={
+                "item_id": [item_id],
+                "title": [text.title],
+                "categories": text.categories,
+                "brand": [text.brand],
+                "extra_names": text.extra.keys(),
+                "extra_texts": text.extra.values(),
+            },
+        )
         for item, (item_id, text) in enumerate(zip(ids, texts, strict=True))
     )
-    _write_dataset(directory, f"{name}_items", features, examples, len(ids))
+    _write_dataset(directory, f"{name}_items", features, records, len(ids))
 
 
 def write_users(directory: pathlib.Path, name: str, sequences: Sequences) -> None:
@@ -60,18 +64,15 @@ def write_users(directory: pathlib.Path, name: str, sequences: Sequences) -> Non
         "user_id": tfds.features.Text(),
         **{column: tfds.features.Tensor(shape=(None,), dtype=array.dtype) for column, array in columns.items()},
     }
-    examples = (
-        {
-            "user": user,
-            "user_id": user_id,
-            **{
-                column: array[sequences.offsets[user] : sequences.offsets[user + 1]]
-                for column, array in columns.items()
-            },
-        }
-        for user, user_id in enumerate(sequences.user_ids)
-    )
-    _write_dataset(directory, f"{name}_users", features, examples, len(sequences.user_ids))
+
+    def record(user: int, user_id: str) -> bytes:
+        span = slice(sequences.offsets[user], sequences.offsets[user + 1])
+        cells = {column: array[span].tolist() for column, array in columns.items()}
+        numbers = {"ratings": cells.pop("ratings")} if "ratings" in cells else {}
+        return _record(integers={"user": [user], **cells}, numbers=numbers, strings={"user_id": [user_id]})
+
+    records = (record(user, user_id) for user, user_id in enumerate(sequences.user_ids))
+    _write_dataset(directory, f"{name}_users", features, records, len(sequences.user_ids))
 
 
 def read_items(directory: pathlib.Path) -> tuple[list[str], list[ItemText]]:
@@ -103,9 +104,11 @@ def price_of_record(price: float) -> float:
 
 
 def _write_dataset(
-    directory: pathlib.Path, name: str, features: Mapping[str, Any], examples: Iterable[Mapping[str, Any]], total: int
+    directory: pathlib.Path, name: str, features: Mapping[str, Any], records: Iterable[bytes], total: int
 ) -> None:
+    """Writes the files that TFDS' `SequentialWriter` would write, from examples that are serialized already."""
     import tensorflow_datasets as tfds
+    from array_record.python import array_record_module
 
     directory.mkdir()
     identity = tfds.core.dataset_info.DatasetIdentity(
@@ -114,17 +117,50 @@ def _write_dataset(
     info = tfds.core.DatasetInfo(
         builder=identity, features=tfds.features.FeaturesDict(features), description=f"{name}: record i is number i."
     )
-    writer = tfds.core.SequentialWriter(info, max_examples_per_shard=_RECORDS_A_FILE, file_format="array_record")
-    writer.initialize_splits([SPLIT])
+    info.set_file_format("array_record")
+    paths = tfds.core.ShardedFileTemplate(
+        data_dir=directory,
+        template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}",
+        dataset_name=name,
+        split=SPLIT,
+        filetype_suffix="array_record",
+    )
+    lengths, num_bytes = [], 0
     with terminal.progress(f"Writing {directory.name}", total, "records") as advance:
-
-        def counted() -> Iterator[Mapping[str, Any]]:
-            for example in examples:
-                yield example
+        remaining = iter(records)
+        for shard in range(-(-total // _RECORDS_A_FILE)):
+            path = paths.sharded_filepath(shard_index=shard, num_shards=None)
+            # Groups of one: any record can be read alone.
+            writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+            lengths.append(0)
+            for record in itertools.islice(remaining, _RECORDS_A_FILE):
+                writer.write(record)
+                lengths[-1] += 1
+                num_bytes += len(record)
                 advance()
+            writer.close()
+    split = tfds.core.SplitInfo(name=SPLIT, shard_lengths=lengths, num_bytes=num_bytes, filename_template=paths)
+    info.set_splits(tfds.core.splits.SplitDict([split]))
+    info.write_to_directory(directory)
 
-        writer.add_examples({SPLIT: counted()})
-    writer.close_all()
+
+def _record(
+    integers: Mapping[str, Iterable[int]], numbers: Mapping[str, Iterable[float]], strings: Mapping[str, Iterable[str]]
+) -> bytes:
+    """Returns a serialized tf.Example; equal values give equal bytes, in every process."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    example = tf_example_pb2.Example()
+    features = example.features.feature
+    for name, cells in integers.items():
+        features[name].int64_list.value.extend(cells)
+    for name, floats in numbers.items():
+        features[name].float_list.value.extend(floats)
+    for name, texts in strings.items():
+        values = features[name].bytes_list
+        values.SetInParent()  # an empty list is a list, too
+        values.value.extend([text.encode() for text in texts])
+    return example.SerializeToString(deterministic=True)
 
 
 def _records(directory: pathlib.Path) -> Iterator[Mapping[str, Any]]:

@@ -1,25 +1,29 @@
 """Raw data in, one corpus on disk out, or nothing at all."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import pathlib
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any
-
-import numpy as np
 
 import recalign_jax
 from recalign_jax import errors, files
-from recalign_jax.corpus import build, storage
+from recalign_jax.corpus import beam, build, storage
+from recalign_jax.corpus.assemble import Reader, assemble
 from recalign_jax.corpus.build import Interactions
-from recalign_jax.corpus.records import Interaction, Item, ItemText, Reject, Source
-from recalign_jax.corpus.sources import movielens, rejects, tables
+from recalign_jax.corpus.records import Item, Reject, Source
+from recalign_jax.corpus.sources import amazon, movielens, reading, rejects, tables, yelp
 
 # Opens a folder of raw data. A new source is one file in `sources/` and one row here.
-SOURCES: dict[str, Callable[[pathlib.Path, Reject], Source]] = {
+SOURCES: dict[str, Callable[[pathlib.Path], Source]] = {
     "tables": tables.open_folder,
+    "amazon": amazon.open_folder,
     "movielens": movielens.open_folder,
+    "yelp": yelp.open_folder,
 }
 
 
@@ -34,6 +38,8 @@ class PrepareOptions:
       seed: of the numbering of users and items, and of shuffled ties.
       on_error: one of rejects.ON_ERROR.
       columns: names of the columns of `tables`, by what they hold; those left out have their usual names.
+      rating_range: the lowest and the highest rating that `tables` may hold.
+      runner: the Apache Beam runner that parses the raw data; None does it in this process.
     """
 
     source: str
@@ -42,13 +48,20 @@ class PrepareOptions:
     seed: int = 0
     on_error: str = "fail"
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    rating_range: tuple[float, float] | None = None
+    runner: str | None = None
 
 
-def prepare(input_dir: pathlib.Path, directory: pathlib.Path, options: PrepareOptions) -> tuple[dict[str, int], int]:
-    """Builds the corpus `directory` from a folder of raw data.
+def prepare(
+    input_dir: pathlib.Path, directory: pathlib.Path, options: PrepareOptions, beam_options: str = ""
+) -> dict[str, int]:
+    """Builds the corpus `directory` from a folder of raw data and returns what was counted.
 
-    Returns:
-      (counts of what was read, left out and kept; number of rejected rows).
+    Args:
+      input_dir: the folder of raw data.
+      directory: where the corpus will lie; it replaces one that lies there.
+      options: what shapes the corpus.
+      beam_options: flags for the runner, as one would write them on a command line.
 
     Raises:
       InputError: for bad options or data; then what stood at `directory` stays as it was.
@@ -56,79 +69,54 @@ def prepare(input_dir: pathlib.Path, directory: pathlib.Path, options: PrepareOp
     with (
         files.atomic_directory(directory) as aside,
         rejects.Rejects(options.on_error, aside / "rejected.jsonl") as reject,
+        open_source(input_dir, options, beam_options, aside) as (source, reader),
     ):
-        source = _open(input_dir, options, reject)
-        log, counts = _read_interactions(source.interactions, reject, options.k_core)
-        texts, item_counts = _read_items(source.items, reject, log, options.k_core)
-        sequences = build.sequences(log, texts, options.tie_break, options.seed)
-        counts |= item_counts
-        counts |= {"users": len(sequences.user_ids), "items": len(sequences.item_ids)}
-        metadata = {
-            "name": directory.name,
-            "recalign_jax_version": recalign_jax.__version__,
-            "options": dataclasses.asdict(options),
-            "source_files": [_checksum(path) for path in source.files],
-            "counts": counts,
-        }
-        storage.write(aside, metadata, sequences, [texts.get(item, ItemText()) for item in sequences.item_ids])
-    return counts, reject.count
+        assembled = assemble(reader, reject, options.k_core, options.tie_break, options.seed)
+        counts = assembled.counts | assembled.state()
+        metadata = {"name": directory.name, **provenance(source, options), "counts": counts}
+        storage.write(aside, metadata, assembled.sequences, assembled.texts)
+    return counts
 
 
-def _open(input_dir: pathlib.Path, options: PrepareOptions, reject: Reject) -> Source:
-    open_folder = SOURCES[options.source]
-    if options.columns:
-        if options.source != "tables":
-            flags = ", ".join(f"--{name}_column" for name in options.columns)
-            raise errors.InputError(f"{flags} can be used with --source tables only.")
-        open_folder = functools.partial(tables.open_folder, columns=tables.Columns(**options.columns))
-    return open_folder(input_dir, reject)
+@contextlib.contextmanager
+def open_source(
+    input_dir: pathlib.Path, options: PrepareOptions, beam_options: str, scratch: pathlib.Path
+) -> Iterator[tuple[Source, Reader]]:
+    """Yields the opened folder and how to read it. With a runner the rows are parsed by then, into files that are
+    removed at the end from a folder in `scratch`."""
+    source = _opened(input_dir, options)
+    if options.runner is None:
+        yield source, Reader(functools.partial(_interactions, source), functools.partial(_items, source))
+        return
+    with tempfile.TemporaryDirectory(prefix="beam_", dir=scratch) as folder:
+        yield source, beam.parse(source, pathlib.Path(folder), options.runner, beam_options)
 
 
-def _read_interactions(
-    stream: Iterable[Interaction], reject: rejects.Rejects, k: int
-) -> tuple[Interactions, dict[str, int]]:
-    """Returns the interactions to keep, and the counts of all that were read."""
-    log = build.collect(stream)
-    accepted = len(log.users)
-    log = log.take(build.first_of_each_pair(log.users, log.items, log.timestamps))
-    distinct = len(log.users)
-    log = log.take(build.k_core(log.users, log.items, k))
-    counts = {
-        "interactions_read": accepted + reject.count,
-        "interactions_rejected": reject.count,
-        "interactions_repeated": accepted - distinct,
-        "interactions_dropped_by_k_core": distinct - len(log.users),
-        "interactions": len(log.users),
+def provenance(source: Source, options: PrepareOptions) -> dict[str, Any]:
+    """Returns what `corpus.json` says of where data comes from: code, options, files with checksums."""
+    return {
+        "recalign_jax_version": recalign_jax.__version__,
+        "options": dataclasses.asdict(options),
+        "source_files": [_checksum(path) for path in source.files],
     }
-    if not counts["interactions"]:
-        reason = f" The last bad row: {reject.last}" if reject.last else ""
-        raise errors.InputError(
-            f"No interaction is left: {counts['interactions_read']} rows read, {reject.count} of them bad, "
-            f"{counts['interactions_dropped_by_k_core']} dropped by --k_core {k}.{reason}"
-        )
-    return log, counts
 
 
-def _read_items(
-    stream: Iterable[Item], reject: rejects.Rejects, log: Interactions, k: int
-) -> tuple[dict[str, ItemText], dict[str, int]]:
-    """Returns the text of the items to keep (with a k-core: of those met), and the counts of all that were read."""
-    rejected_before = reject.count
-    met = {log.item_ids[number] for number in np.unique(log.items)}
-    texts = {}
-    accepted = 0
-    for item in stream:
-        accepted += 1
-        if k == 0 or item.item_id in met:
-            texts[item.item_id] = item.text
-    rejected = reject.count - rejected_before
-    return texts, {
-        "items_read": accepted + rejected,
-        "items_rejected": rejected,
-        "items_dropped_by_k_core": accepted - len(texts),
-        "items_never_met": len(texts.keys() - met),
-        "items_not_in_table": len(met - texts.keys()),
-    }
+def _opened(input_dir: pathlib.Path, options: PrepareOptions) -> Source:
+    if options.source == "tables":
+        return tables.open_folder(input_dir, tables.Columns(**options.columns), options.rating_range)
+    flags = [f"--{name}_column" for name in options.columns] + ["--rating_range"] * (options.rating_range is not None)
+    if flags:
+        raise errors.InputError(f"{', '.join(flags)} can be used with --source tables only.")
+    return SOURCES[options.source](input_dir)
+
+
+def _interactions(source: Source, reject: Reject) -> Interactions:
+    rows = itertools.chain.from_iterable(reading.parse_table(table, reject) for table in source.interactions)
+    return build.collect(interaction for _, interaction in rows)
+
+
+def _items(source: Source, reject: Reject) -> Iterator[Item]:
+    return reading.distinct_items(source.items.path, reading.parse_table(source.items, reject), reject)
 
 
 def _checksum(path: pathlib.Path) -> dict[str, Any]:

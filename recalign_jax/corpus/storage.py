@@ -1,6 +1,7 @@
 """The files of a corpus: how they are written, and read without TensorFlow.
 
-    corpus.json      name, sources with checksums, options, counts, fingerprint, versions
+    corpus.json      name, sources with checksums, options, counts, fingerprint, versions; `extensions`: the same of
+                     each folder that was added later, and what the corpus was before
     arrays/*.npy     the sequences as flat integer arrays: memory-mapped, they are what training reads
     items/, users/   TFDS datasets in array_record files, one split `full`, record i is item (user) i
     rejected.jsonl   rows left out, with --on_error skip
