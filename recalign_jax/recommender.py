@@ -15,7 +15,7 @@ from flax import nnx
 from recalign_jax.decoding.retrieve import make_generate, retrieve
 from recalign_jax.decoding.trie import build_trie
 from seqio_tasks import samples
-from seqio_tasks.samples import Query, Ranked, Recommend
+from seqio_tasks.examples import Query, Ranked, Recommend
 from seqio_tasks.specs import TaskSpec
 
 
@@ -49,7 +49,7 @@ def make_recommender(
 
     def with_params(params: Any) -> Recommend:
         def recommend(queries: Sequence[Query], excluded: Sequence[np.ndarray]) -> Ranked:
-            prompts = [samples.write_history(spec, query.history, options.max_input_tokens) for query in queries]
+            prompts = [samples.write_history(spec, query, options.max_input_tokens) for query in queries]
             return retrieve(generate, params, trie, prompts, excluded, options.batch_size, sharding)
 
         return recommend

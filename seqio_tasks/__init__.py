@@ -5,8 +5,8 @@ needs neither SeqIO nor TensorFlow, which take seconds to import.
 """
 
 
-def register(corpus_dir: str, vocabulary: str) -> list[str]:
-    """Registers a prepared corpus with SeqIO and returns the names; see `seqio_tasks.tasks.register`."""
+def register(corpus_dir: str | None = None, vocabulary: str | None = None) -> list[str]:
+    """Registers prepared corpora with SeqIO and returns the names; see `seqio_tasks.tasks.register`."""
     from seqio_tasks import tasks
 
     return tasks.register(corpus_dir, vocabulary)

@@ -1,25 +1,39 @@
 """What a task is made of, and how its name is read. Needs neither SeqIO nor TensorFlow.
 
 A task's name is CORPUS_FAMILY[_FORMAT], as `amazon_beauty_retrieval` or `amazon_beauty_mim_token`; a
-mixture's is CORPUS_FAMILY_aligned[_FORMAT].
+mixture's is CORPUS_FAMILY_aligned[_FORMAT] or CORPUS_all[_FORMAT]. Of several corpora, joined by dots, every family
+and mixture is a mixture, as `amazon_beauty.amazon_toys_retrieval_aligned`.
 """
 
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import gin
 
-from recalign_jax.corpus.catalog import ITEM_FORMATS, Catalog, build_catalog
-from recalign_jax.corpus.corpus import Corpus, corpora, data_dir_or_default, load_corpus
+from recalign_jax.corpus.candidates import NEGATIVES, NUM_TEST_NEGATIVES
+from recalign_jax.corpus.catalog import FIELDS, ITEM_FORMATS, Catalog, Pieces, build_catalog, item_pieces
+from recalign_jax.corpus.corpus import Corpus, corpora, data_dir_or_default, is_rated, load_corpus
 from recalign_jax.errors import InputError, did_you_mean
 from seqio_tasks import prompts, vocabulary
 from seqio_tasks.vocabulary import Vocabulary
 
 DEFAULT_FORMAT = "title"
-FAMILIES = ("retrieval", "mim")
-# mixture -> the families in it
-MIXTURES = {"retrieval_aligned": ("retrieval", "mim")}
+# Of several corpora, other formats would give different items the same number.
+JOINT_FORMATS = ("title",)
+FAMILIES = ("retrieval", "ranking", "rating", "rating_random", "mim", "mlm", "bpr")
+RATED_FAMILIES = ("rating", "rating_random")
+# mixture -> the families in it; those that a corpus can't give are left out of `all`.
+MIXTURES = {
+    "retrieval_aligned": ("retrieval", "mim", "mlm"),
+    "ranking_aligned": ("ranking", "bpr"),
+    "rating_aligned": ("rating", "bpr"),
+    "all": ("retrieval", "ranking", "rating", "mim", "mlm", "bpr"),
+}
+MAX_RATING_VALUES = 100
+EVALUATION_WORDINGS = ("seen", "held_out")
 
 
 @gin.configurable
@@ -29,32 +43,97 @@ class TaskOptions:
 
     Attributes:
       history_length: most items of a user's past in a prompt; the newest stay.
-      mim_mask_rate: probability that an item of the window is masked; at least one always is.
+      prefix_augmentation: whether every prefix of a user's training items is an example of retrieval, ranking, rating
+        and BPR, or only the longest.
       max_item_tokens: longest token sequence of an item, end of sequence counted.
+      item_fields: text that follows an item in a history or among candidates, of `catalog.FIELDS`.
+      neighbours: number of collaborative neighbours of the history in prompts of retrieval, ranking and BPR.
+      mim_mask_rate: probability that an item of the window is masked; at least one always is.
+      mim_masked_items: if given, so many items are masked instead; of two or more, one at least is not.
+      mlm_fields: text of an item that MLM masks spans of, of `catalog.FIELDS`.
+      mlm_noise_density: share of the tokens that MLM masks.
+      mlm_mean_span_length: of MLM's masked spans, in tokens.
+      negatives: what training negatives are drawn from, one of `candidates.NEGATIVES`.
+      ranking_candidates: candidates of a ranking example in training, the right one among them.
+      test_negatives: candidates beside the right one of held-out ranking examples.
+      candidate_seed: of the held-out candidates, which don't depend on the seed of a run.
+      rating_history: whether the items of a rating prompt stand with their ratings.
+      training_wordings: how many of a family's wordings training draws from; the last one is never among them.
+      evaluation_wording: the wording of held-out examples and inference, `seen` (the first) or `held_out` (the last).
       mixture_maximum: number of examples above which a task's mixing rate no longer grows; None for no cap.
-      mixture_temperature: T of rate = examples ** (1 / T).
+      mixture_temperature: T of rate = examples ** (1 / T); a large one mixes equally.
     """
 
     history_length: int = 20
-    mim_mask_rate: float = 0.2
+    prefix_augmentation: bool = True
     max_item_tokens: int = 48
+    item_fields: Sequence[str] = ()
+    neighbours: int = 0
+    mim_mask_rate: float = 0.2
+    mim_masked_items: int | None = None
+    mlm_fields: Sequence[str] = ("title", "brand", "category")
+    mlm_noise_density: float = 0.15
+    mlm_mean_span_length: float = 3.0
+    negatives: str = "uniform"
+    ranking_candidates: int = 10
+    test_negatives: int = NUM_TEST_NEGATIVES
+    candidate_seed: int = 0
+    rating_history: bool = True
+    training_wordings: int = 3
+    evaluation_wording: str = "seen"
     mixture_maximum: int | None = None
     mixture_temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.history_length < 1:
-            raise InputError(f"HISTORY_LENGTH is {self.history_length}; a prompt needs at least one item.")
-        if self.max_item_tokens < 2:
-            raise InputError(f"MAX_ITEM_TOKENS is {self.max_item_tokens}; a token and the end of sequence take 2.")
+        object.__setattr__(self, "item_fields", tuple(self.item_fields))  # gin gives lists, which can't be hashed
+        object.__setattr__(self, "mlm_fields", tuple(self.mlm_fields))
+        least = {
+            "history_length": (1, "a prompt needs at least one item"),
+            "max_item_tokens": (2, "a token and the end of sequence take 2"),
+            "neighbours": (0, "0 is none"),
+            "ranking_candidates": (2, "there must be something to tell the right one from"),
+            "test_negatives": (1, "there must be something to tell the right one from"),
+            "training_wordings": (1, "a prompt needs words"),
+            "mlm_mean_span_length": (1, "a span holds a token"),
+        }
+        for name, (minimum, why) in least.items():
+            if getattr(self, name) < minimum:
+                raise InputError(f"{name.upper()} is {getattr(self, name)}; {why}.")
+        if self.mim_masked_items is not None and self.mim_masked_items < 1:
+            raise InputError(f"MIM_MASKED_ITEMS is {self.mim_masked_items}; at least one item is masked.")
+        for name in ("mim_mask_rate", "mlm_noise_density"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name.upper()} is {getattr(self, name)}, not a share from 0 to 1.")
+        choices: list[tuple[str, Sequence[str], Iterable[str]]] = [
+            ("item_fields", self.item_fields, FIELDS),
+            ("mlm_fields", self.mlm_fields, FIELDS),
+            ("negatives", [self.negatives], NEGATIVES),
+            ("evaluation_wording", [self.evaluation_wording], EVALUATION_WORDINGS),
+        ]
+        for name, values, known in choices:
+            for value in values:
+                if value not in known:
+                    hint = did_you_mean(value, known)
+                    raise InputError(f"{name.upper()}: there is no {value!r}, only {', '.join(known)}.{hint}")
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskSpec:
-    """All that `samples.render` needs: a family over a corpus, in an item format, with a vocabulary."""
+    """All that `samples.render` needs: a family over a corpus, in an item format, with a vocabulary.
+
+    Attributes:
+      family: one of FAMILIES.
+      corpus: the corpus.
+      catalog: the items as targets.
+      displays: the items as they stand in prompts.
+      vocabulary: of the text.
+      options: of the run.
+    """
 
     family: str
     corpus: Corpus
     catalog: Catalog
+    displays: Pieces
     vocabulary: Vocabulary
     options: TaskOptions
 
@@ -67,59 +146,132 @@ class TaskSpec:
         """Number of entries of the vocabulary, item tokens included."""
         return self.vocabulary.num_tokens + (self.corpus.num_items if self.catalog.item_format == "token" else 0)
 
+    @property
+    def fields(self) -> Sequence[str]:
+        """The fields of text in `displays`."""
+        return self.options.mlm_fields if self.family == "mlm" else self.options.item_fields
+
+    @property
+    def wordings(self) -> str:
+        """The family whose wordings this one has."""
+        return "rating" if self.family == "rating_random" else self.family
+
+
+class TaskName(NamedTuple):
+    """A name, taken apart."""
+
+    corpora: tuple[str, ...]
+    base: str  # a family or a mixture
+    item_format: str
+
+    def __str__(self) -> str:
+        return f"{'.'.join(self.corpora)}_{with_format(self.base, self.item_format)}"
+
+    def of(self, corpus: str, base: str) -> str:
+        """The name of another family or mixture in the same format."""
+        return str(TaskName((corpus,), base, self.item_format))
+
 
 def with_format(name: str, item_format: str) -> str:
     """Appends the item format to a task's name, unless it is the default."""
     return name if item_format == DEFAULT_FORMAT else f"{name}_{item_format}"
 
 
-def names_for(corpus: str) -> list[str]:
+def families(rated: bool) -> tuple[str, ...]:
+    """The families that a corpus gives."""
+    return tuple(family for family in FAMILIES if rated or family not in RATED_FAMILIES)
+
+
+def mixtures(rated: bool) -> dict[str, tuple[str, ...]]:
+    """The mixtures that a corpus gives, and the families in each."""
+    given = families(rated)
+    found = {name: tuple(f for f in members if f in given) for name, members in MIXTURES.items()}
+    return {name: members for name, members in found.items() if rated or name != "rating_aligned"}
+
+
+def names_for(corpus: str, rated: bool) -> list[str]:
     """Every task and mixture of a corpus."""
-    bases = (*FAMILIES, *MIXTURES)
+    bases = (*families(rated), *mixtures(rated))
     return [f"{corpus}_{with_format(base, item_format)}" for base in bases for item_format in ITEM_FORMATS]
 
 
-def split_name(name: str, data_dir: str | pathlib.Path | None) -> tuple[str, str, str]:
-    """Reads a task's or mixture's name: (corpus, family or mixture, item format).
+def split_name(name: str, data_dir: str | pathlib.Path | None) -> TaskName:
+    """Reads a task's or mixture's name.
 
     Raises:
       InputError: when no prepared corpus or no task has such a name.
     """
-    prepared = corpora(data_dir_or_default(data_dir))
+    root = data_dir_or_default(data_dir)
+    prepared = corpora(root)
+    *others, last = name.split(".")
     for corpus in sorted(prepared, key=len, reverse=True):
-        if not name.startswith(corpus + "_"):
+        if not last.startswith(corpus + "_"):
             continue
-        for base in (*FAMILIES, *MIXTURES):
+        for other in others:
+            if other not in prepared:
+                raise InputError(f"{name!r}: no corpus {other!r} in {root}.{did_you_mean(other, prepared)}")
+        rated = all(is_rated(root / part) for part in (*others, corpus))
+        for base in (*families(rated), *mixtures(rated)):
             for item_format in ITEM_FORMATS:
-                if name in (f"{corpus}_{base}_{item_format}", f"{corpus}_{with_format(base, item_format)}"):
-                    return corpus, base, item_format
-        if name.startswith(f"{corpus}_rating") and load_corpus(corpus, data_dir).ratings is None:
+                if last in (f"{corpus}_{base}_{item_format}", f"{corpus}_{with_format(base, item_format)}"):
+                    return _checked(TaskName((*others, corpus), base, item_format))
+        if last.startswith(f"{corpus}_rating") and not rated:
             raise InputError(
                 f"Corpus {corpus!r} has no ratings, so there is no {name!r}. Prepare it from interactions with a "
                 "rating column."
             )
-        raise InputError(f"Unknown task {name!r} of corpus {corpus!r}.{did_you_mean(name, names_for(corpus))}")
-    known = [task for corpus in prepared for task in names_for(corpus)]
+        raise InputError(f"Unknown task {name!r} of corpus {corpus!r}.{did_you_mean(last, names_for(corpus, rated))}")
+    known = [task for corpus in prepared for task in names_for(corpus, is_rated(root / corpus))]
     raise InputError(
-        f"Unknown task {name!r}: no prepared corpus in {data_dir_or_default(data_dir)} begins its name."
+        f"Unknown task {name!r}: no prepared corpus in {root} begins its name."
         f"{did_you_mean(name, known)} Prepared: {', '.join(prepared) or 'none (see recalign prepare)'}."
     )
 
 
+def _checked(name: TaskName) -> TaskName:
+    if len(name.corpora) > 1 and name.item_format not in JOINT_FORMATS:
+        raise InputError(
+            f"Several corpora can't be mixed in format {name.item_format!r}: different items would have the same "
+            f"number. Use {str(name._replace(item_format=DEFAULT_FORMAT))!r}."
+        )
+    if len(set(name.corpora)) < len(name.corpora):
+        raise InputError(f"{str(name)!r} names a corpus twice.")
+    return name
+
+
 @functools.lru_cache(maxsize=8)
-def _catalog(corpus: Corpus, item_format: str, words: Vocabulary, max_item_tokens: int) -> Catalog:
-    return build_catalog(corpus, item_format, words.encode, words.num_tokens, max_item_tokens)
+def _catalog(corpus: Corpus, item_format: str, words: Vocabulary, longest: int, fields: tuple[str, ...]) -> Catalog:
+    return build_catalog(corpus, item_format, words.encode, words.num_tokens, longest, fields)
+
+
+@functools.lru_cache(maxsize=8)
+def _pieces(corpus: Corpus, item_format: str, words: Vocabulary, longest: int, fields: tuple[str, ...]) -> Pieces:
+    return item_pieces(corpus, item_format, words.encode, words.num_tokens, fields, longest)
 
 
 def make_spec(corpus: Corpus, family: str, item_format: str, words: Vocabulary, options: TaskOptions) -> TaskSpec:
     """Builds a task over a loaded corpus; catalogues are shared between tasks.
 
     Raises:
-      InputError: when the vocabulary can't write the prompts.
+      InputError: when the vocabulary can't write the prompts, or the corpus has too many different ratings.
     """
     vocabulary.check_pieces(words, prompts.literals())
-    catalog = _catalog(corpus, item_format, words, options.max_item_tokens)
-    return TaskSpec(family, corpus, catalog, words, options)
+    if family in RATED_FAMILIES:
+        _check_ratings(corpus)
+    catalog = _catalog(corpus, item_format, words, options.max_item_tokens, options.item_fields)
+    displays = catalog.displays
+    if family == "mlm" and options.mlm_fields != options.item_fields:
+        displays = _pieces(corpus, item_format, words, options.max_item_tokens, options.mlm_fields)
+    return TaskSpec(family, corpus, catalog, displays, words, options)
+
+
+def _check_ratings(corpus: Corpus) -> None:
+    different = corpus.num_rating_values
+    if different > MAX_RATING_VALUES:
+        raise InputError(
+            f"Corpus {corpus.name} has {different} different ratings; written as text there can be at most "
+            f"{MAX_RATING_VALUES}. Round them, as to half stars, and prepare it again."
+        )
 
 
 def check_family(spec: TaskSpec, family: str) -> None:
@@ -135,9 +287,10 @@ def task_spec(name: str, vocabulary_path: str, data_dir: str | pathlib.Path | No
     Raises:
       InputError: for an unknown name (a mixture's too), or a vocabulary that doesn't fit.
     """
-    corpus, family, item_format = split_name(name, data_dir)
-    if family in MIXTURES:
-        raise InputError(f"{name!r} is a mixture; a single task is needed here, as {names_for(corpus)[0]!r}.")
-    return make_spec(
-        load_corpus(corpus, data_dir), family, item_format, vocabulary.load(vocabulary_path), TaskOptions()
-    )
+    parts = split_name(name, data_dir)
+    if len(parts.corpora) > 1 or parts.base in MIXTURES:
+        fitting = parts.of(parts.corpora[0], "retrieval")
+        raise InputError(f"{name!r} is a mixture; a single task is needed here, as {fitting!r}.")
+    [corpus] = parts.corpora
+    words = vocabulary.load(vocabulary_path)
+    return make_spec(load_corpus(corpus, data_dir), parts.base, parts.item_format, words, TaskOptions())

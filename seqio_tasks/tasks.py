@@ -4,16 +4,18 @@ Importing this imports SeqIO and TensorFlow, which takes seconds.
 """
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from recalign_jax import terminal
 from recalign_jax.corpus.catalog import ITEM_FORMATS
-from recalign_jax.corpus.corpus import read_corpus
-from recalign_jax.errors import InputError, did_you_mean
-from seqio_tasks import samples, specs, vocabulary
-from seqio_tasks.specs import TaskOptions, TaskSpec
+from recalign_jax.corpus.corpus import Corpus, corpora, data_dir_or_default, read_corpus
+from recalign_jax.errors import InputError
+from seqio_tasks import samples, scoring, specs, vocabulary, writing
+from seqio_tasks.examples import SPLITS
+from seqio_tasks.specs import TaskName, TaskOptions, TaskSpec
 
 with terminal.quiet_libraries():
     import seqio
@@ -58,8 +60,8 @@ class SampleSource(seqio.DataSource):
 
     def __init__(self, spec: TaskSpec):
         self.spec = spec
-        counts = {split: samples.num_examples(spec, split) for split in samples.SPLITS}
-        super().__init__(samples.SPLITS, counts, caching_permitted=False, performs_internal_shuffling=True)
+        counts = {split: samples.num_examples(spec, split) for split in SPLITS}
+        super().__init__(SPLITS, counts, caching_permitted=False, performs_internal_shuffling=True)
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
@@ -81,9 +83,9 @@ class SampleSource(seqio.DataSource):
 
 
 def _render(dataset: tf.data.Dataset, sequence_length: Mapping[str, int] | None, spec: TaskSpec) -> tf.data.Dataset:
-    limits = samples.NO_LIMITS
+    limits = writing.NO_LIMITS
     if sequence_length:
-        limits = samples.Limits(sequence_length["inputs"], sequence_length["targets"])
+        limits = writing.Limits(sequence_length["inputs"], sequence_length["targets"])
 
     def write(split: bytes, index: np.int64, seed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         # SeqIO gives every example of every epoch a seed of its own, so the epoch is in it.
@@ -97,28 +99,39 @@ def _render(dataset: tf.data.Dataset, sequence_length: Mapping[str, int] | None,
     return write_example(dataset)
 
 
-def register(corpus_dir: str, vocabulary_path: str) -> list[str]:
-    """Registers the tasks and mixtures of a prepared corpus with SeqIO, with the options that gin holds.
+def register(corpus_dir: str | None = None, vocabulary_path: str | None = None) -> list[str]:
+    """Registers the tasks and mixtures of prepared corpora with SeqIO, with the options that gin holds.
 
     Call it after gin is parsed. Registering again replaces what was there, so it may be called any number of times.
 
     Args:
-      corpus_dir: the folder of a prepared corpus.
-      vocabulary_path: a SentencePiece model in T5's layout.
+      corpus_dir: the folder of a prepared corpus; None registers all corpora of $RECALIGN_DATA_DIR.
+      vocabulary_path: a SentencePiece model in T5's layout; None takes $RECALIGN_VOCABULARY.
 
     Returns:
       The names registered.
+
+    Raises:
+      InputError: when there is no corpus or no vocabulary, or they don't fit.
     """
-    corpus = read_corpus(corpus_dir)
-    words, options = vocabulary.load(vocabulary_path), TaskOptions()
-    rate = functools.partial(
-        seqio.mixing_rate_num_examples,
-        maximum=options.mixture_maximum,
-        temperature=options.mixture_temperature,
-    )
+    words, options = vocabulary.load(vocabulary_path or os.environ.get("RECALIGN_VOCABULARY", "")), TaskOptions()
+    if corpus_dir:
+        return _register(read_corpus(corpus_dir), words, options)
+    root = data_dir_or_default(None)
+    names = corpora(root)
+    if not names:
+        raise InputError(f"No corpus in {root} (RECALIGN_DATA_DIR). Build one with `recalign prepare`.")
+    return [task for name in names for task in _register(read_corpus(root / name), words, options)]
+
+
+def _register(corpus: Corpus, words: vocabulary.Vocabulary, options: TaskOptions) -> list[str]:
+    rated = corpus.ratings is not None
+    if corpus.num_rating_values > specs.MAX_RATING_VALUES:
+        terminal.warn(f"{corpus.name} has {corpus.num_rating_values} different ratings: too many for rating tasks.")
+        rated = False
     names = []
     for item_format in ITEM_FORMATS:
-        for family in specs.FAMILIES:
+        for family in specs.families(rated):
             spec = specs.make_spec(corpus, family, item_format, words, options)
             feature = seqio.Feature(ItemVocabulary(spec), add_eos=True, dtype=tf.int32)
             seqio.TaskRegistry.remove(spec.name)
@@ -127,34 +140,28 @@ def register(corpus_dir: str, vocabulary_path: str) -> list[str]:
                 source=SampleSource(spec),
                 preprocessors=[functools.partial(_render, spec=spec)],
                 output_features={"inputs": feature, "targets": feature},
+                postprocess_fn=scoring.postprocess_fn(spec),
+                metric_fns=scoring.metric_fns(spec),
                 shuffle_buffer_size=None,
             )
             names.append(spec.name)
-        for mixture, families in specs.MIXTURES.items():
-            name = f"{corpus.name}_{specs.with_format(mixture, item_format)}"
-            seqio.MixtureRegistry.remove(name)
-            seqio.MixtureRegistry.add(
-                name, [(f"{corpus.name}_{specs.with_format(family, item_format)}", rate) for family in families]
-            )
-            names.append(name)
+        for base, members in specs.mixtures(rated).items():
+            name = TaskName((corpus.name,), base, item_format)
+            names.append(_add_mixture(str(name), [name.of(corpus.name, family) for family in members], options))
     return names
 
 
-def components(name: str) -> list[tuple[TaskSpec, float]]:
-    """The tasks of a registered task or mixture with their mixing rates, which sum to one.
+def register_joint(name: TaskName) -> str:
+    """Registers a mixture over several corpora, all of which are registered, and returns its name."""
+    families = specs.MIXTURES.get(name.base, (name.base,))
+    tasks = [name.of(corpus, family) for corpus in name.corpora for family in families]
+    return _add_mixture(str(name), [task for task in tasks if task in seqio.TaskRegistry.names()], TaskOptions())
 
-    Raises:
-      InputError: for an unknown name, or a task that holds no samples of ours.
-    """
-    known = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
-    if name not in known:
-        raise InputError(f"Unknown task or mixture {name!r}.{did_you_mean(name, known)}")
-    provider = seqio.get_mixture_or_task(name)
-    tasks = sorted(seqio.get_subtasks(provider), key=lambda task: task.name)
-    for task in tasks:
-        if not isinstance(task.source, SampleSource):
-            raise InputError(
-                f"Task {task.name!r} has a source of its own; the trainer reads tasks of prepared corpora."
-            )
-    rates = [provider.get_rate(task) if isinstance(provider, seqio.Mixture) else 1.0 for task in tasks]
-    return [(task.source.spec, float(rate) / sum(rates)) for task, rate in zip(tasks, rates, strict=True)]
+
+def _add_mixture(name: str, tasks: Sequence[str], options: TaskOptions) -> str:
+    rate = functools.partial(
+        seqio.mixing_rate_num_examples, maximum=options.mixture_maximum, temperature=options.mixture_temperature
+    )
+    seqio.MixtureRegistry.remove(name)
+    seqio.MixtureRegistry.add(name, [(task, rate) for task in tasks])
+    return name

@@ -14,7 +14,7 @@ import pytest
 from recalign_jax.corpus import vocab
 from recalign_jax.corpus.corpus import Corpus
 from seqio_tasks import prompts, vocabulary
-from tests.corpora import prepared, write_tables
+from tests.corpora import prepared, shared_corpus, write_tables
 from tests.shared_data import shared
 
 # The machines that run the tests are busy: the time of one example says nothing.
@@ -49,7 +49,7 @@ def beauty_corpus(data_dir) -> Corpus:
 
 @pytest.fixture(scope="session")
 def shop_corpus(data_dir, tmp_path_factory) -> Corpus:
-    """50 users with one to 40 interactions, 60 items; source ids are unlike any other text."""
+    """50 users with one to 40 rated interactions, 60 items; source ids are unlike any other text."""
     random = np.random.default_rng(0)
     words = ["red", "blue", "soft", "hard", "large", "small", "soap", "brush", "towel", "cream", "comb", "for", "the"]
     titles = [" ".join(random.choice(words, 1 + item % 9)) + f" {item}" for item in range(60)]
@@ -58,7 +58,7 @@ def shop_corpus(data_dir, tmp_path_factory) -> Corpus:
     items[9] = {"item_id": items[9]["item_id"], "brand": "Acme", "categories": ["Bath", "Tubs"]}
     lengths = [1, 2, 3, 4, *random.integers(1, 41, 46)]
     rows = [
-        (f"USR{user:03d}QXZ", items[item]["item_id"], time)
+        (f"USR{user:03d}QXZ", items[item]["item_id"], time, 0.5 * (2 + (3 * item + user) % 9))
         for user, length in enumerate(lengths)
         for time, item in enumerate(random.permutation(59)[:length])  # nobody met the last item
     ]
@@ -70,7 +70,7 @@ def shop_corpus(data_dir, tmp_path_factory) -> Corpus:
 def shop_words(shop_corpus, data_dir) -> vocabulary.Vocabulary:
     """A vocabulary trained on the text of the shop."""
     path = data_dir / "shop.model"
-    path.write_bytes(vocab.train_vocabulary([*vocab.corpus_text(shop_corpus), *prompts.literals()], 110))
+    path.write_bytes(vocab.train_vocabulary([*vocab.corpus_text(shop_corpus), *prompts.literals()], 150))
     return vocabulary.load(str(path))
 
 
@@ -78,3 +78,17 @@ def shop_words(shop_corpus, data_dir) -> vocabulary.Vocabulary:
 def t5_words() -> vocabulary.Vocabulary:
     """The vocabulary of T5 and FLAN-T5."""
     return vocabulary.load(str(shared("data/t5_vocabulary/spiece.model")))
+
+
+@pytest.fixture(scope="session")
+def movielens_corpus() -> Corpus:
+    """../shared/data/movielens_100k: 943 users, 1,682 items, rated."""
+    return shared_corpus("movielens_100k")
+
+
+@pytest.fixture(scope="session")
+def movielens_words(movielens_corpus, data_dir) -> vocabulary.Vocabulary:
+    """A vocabulary trained on the text of MovieLens."""
+    path = data_dir / "movielens.model"
+    path.write_bytes(vocab.train_vocabulary([*vocab.corpus_text(movielens_corpus), *prompts.literals() * 100], 600))
+    return vocabulary.load(str(path))

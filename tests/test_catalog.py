@@ -60,7 +60,7 @@ def numbers(corpus):
 def test_titles_and_fallbacks(small):
     words = Words()
     built = catalog.build_catalog(small, "title", words, first_item_token=100)
-    texts = {name: words.decode(built.pieces(item)) for name, item in numbers(small).items()}
+    texts = {name: words.decode(built.displays.of(item)) for name, item in numbers(small).items()}
     assert texts == {
         "a": "Red tea",
         "b": "Red tea",
@@ -81,23 +81,27 @@ def test_a_title_that_leaves_no_token_is_written_as_its_number(tmp_path):
         "tables", write_tables(tmp_path / "raw", ROWS[:1], [{"item_id": "a", "title": "!!"}]), tmp_path, "c"
     )
     words = Words()
-    assert words.decode(catalog.build_catalog(corpus, "title", words, 100).pieces(0)) == "item 0"
+    assert words.decode(catalog.build_catalog(corpus, "title", words, 100).displays.of(0)) == "item 0"
 
 
 @pytest.mark.parametrize("cap", [2, 4, 6, 7, 48])
 def test_layout_and_cap(small, cap):
     built = catalog.build_catalog(small, "title", Words(), 100, max_item_tokens=cap)
     whole = catalog.build_catalog(small, "title", Words(), 100)
-    assert (built.tokens.dtype, built.lengths.dtype, built.piece_tokens.dtype) == (np.int32,) * 3
+    assert (built.tokens.dtype, built.lengths.dtype, built.displays.tokens.dtype) == (np.int32,) * 3
     assert built.tokens.shape == (9, min(cap, 7))
     for item in range(9):
         length = built.lengths[item]
         assert length == min(cap, whole.lengths[item])
         target = built.tokens[item]
-        assert target[: length - 1].tolist() == whole.pieces(item)[: cap - 1].tolist() == built.pieces(item).tolist()
+        assert (
+            target[: length - 1].tolist()
+            == whole.displays.of(item)[: cap - 1].tolist()
+            == built.displays.of(item).tolist()
+        )
         assert target[length - 1] == catalog.EOS_ID
         assert (target[length:] == catalog.PAD_ID).all()
-        assert np.shares_memory(built.pieces(item), built.piece_tokens)
+        assert np.shares_memory(built.displays.of(item), built.displays.tokens)
     # g and h differ in their last word only.
     assert built.num_collisions == sum(n for n in Counter(map(bytes, built.tokens)).values() if n > 1)
     assert built.num_collisions >= (4 if cap < 7 else 2)
@@ -109,13 +113,13 @@ def test_own_tokens(small):
 
     built = catalog.build_catalog(small, "token", encode, first_item_token=32_100)
     assert built.tokens.tolist() == [[32_100 + item, 1] for item in range(9)]
-    assert [built.pieces(item).tolist() for item in range(9)] == [[32_100 + item] for item in range(9)]
+    assert [built.displays.of(item).tolist() for item in range(9)] == [[32_100 + item] for item in range(9)]
     assert built.num_collisions == 0
     assert built.lengths.tolist() == [2] * 9
 
 
 def test_an_unknown_format_is_an_input_error(small):
-    with pytest.raises(InputError, match=r"there are title, token\. Did you mean 'title'\?"):
+    with pytest.raises(InputError, match=r"there are title, id, token\. Did you mean 'title'\?"):
         catalog.build_catalog(small, "titel", Words(), 100)
 
 
@@ -136,7 +140,7 @@ def test_beauty_in_t5_tokens(t5):
     capped = sum(len(tokens) > 47 for tokens in t5(list(titles)))
     assert built.num_collisions < 55 + 7 + capped
     for item in range(0, beauty.num_items, 997):
-        assert built.pieces(item).tolist() == t5(catalog.title_text(beauty, item))[:47]
+        assert built.displays.of(item).tolist() == t5(catalog.title_text(beauty, item))[:47]
 
 
 # Joined pieces equal the tokens of the joined text. The exceptions are ties: "+++" is as likely as "++" "+" and as

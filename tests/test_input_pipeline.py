@@ -13,23 +13,29 @@ from recalign_jax.errors import InputError
 from recalign_jax.training import input_pipeline, packing
 from recalign_jax.training.input_pipeline import InputOptions, PackedBatches, Stream
 from seqio_tasks import samples, specs
-from seqio_tasks.samples import Limits
-from seqio_tasks.specs import TaskOptions, TaskSpec
+from seqio_tasks.components import Component, CorpusTask
+from seqio_tasks.specs import TaskOptions
+from seqio_tasks.writing import Limits
 
 OPTIONS = InputOptions({"inputs": 256, "targets": 64}, batch_size=8, window=12, data_shards=4)
 FEATURES = ("encoder_input_tokens", "encoder_segment_ids", "decoder_input_tokens", "decoder_target_tokens")
 
 
 @pytest.fixture(scope="module")
-def components(shop_corpus, shop_words) -> list[tuple[TaskSpec, float]]:
-    tasks = [specs.make_spec(shop_corpus, name, "title", shop_words, TaskOptions()) for name in specs.FAMILIES]
-    counts = np.asarray([samples.num_examples(task, "train") for task in tasks])
+def components(shop_corpus, shop_words) -> list[tuple[Component, float]]:
+    families = ("retrieval", "mim")
+    tasks = [CorpusTask(specs.make_spec(shop_corpus, name, "title", shop_words, TaskOptions())) for name in families]
+    counts = np.asarray([task.num_examples("train") for task in tasks])
     return list(zip(tasks, (counts / counts.sum()).tolist(), strict=True))
 
 
 @pytest.fixture(scope="module")
 def stream(components) -> Stream:
     return input_pipeline.make_stream(components, "train", 11, OPTIONS)
+
+
+def specs_of(stream: Stream) -> list[specs.TaskSpec]:
+    return [task.spec for task in stream.tasks]
 
 
 def take(stream: Stream, count: int, positions=None, process: int = 0, num_processes: int = 1):
@@ -95,8 +101,8 @@ def test_every_epoch_sees_each_example_once(stream):
     found = addresses(stream, 240)
     seen = Counter(found)
     assert set(seen.values()) == {1}
-    for task, spec in enumerate(stream.specs):
-        count = samples.num_examples(spec, "train")
+    for task, component in enumerate(stream.tasks):
+        count = component.num_examples("train")
         last = max(epoch for number, epoch, _ in found if number == task)
         assert last >= 2
         for epoch in range(last):  # the last one is still under way
@@ -108,7 +114,7 @@ def test_every_epoch_and_seed_has_an_order_of_its_own(stream):
         return [index for number, e, index in addresses(stream, 160) if (number, e) == (task, epoch)]
 
     reseeded = dataclasses.replace(stream, seed=12)
-    for task in range(len(stream.specs)):
+    for task in range(len(stream.tasks)):
         orders = [order(stream, task, 0), order(stream, task, 1), order(reseeded, task, 0), order(reseeded, task, 1)]
         for one, other in itertools.combinations(orders, 2):
             assert len(one) > 40
@@ -131,20 +137,22 @@ def test_a_window_holds_its_samples(stream):
                 found[(tuple(tokens), tuple(answer), task)] += 1
         expected = Counter()
         for task, epoch, index in input_pipeline.addresses(stream, window):
-            sample = samples.render(stream.specs[task], "train", index, epoch, stream.seed, limits)
+            sample = samples.render(specs_of(stream)[task], "train", index, epoch, stream.seed, limits)
             expected[(tuple(sample.inputs), tuple(sample.targets), task)] += 1
         assert found == expected
 
 
 def test_masks_of_a_later_epoch_are_new(stream):
-    mim = next(number for number, spec in enumerate(stream.specs) if spec.family == "mim")
+    mim = next(number for number, spec in enumerate(specs_of(stream)) if spec.family == "mim")
     epochs = {epoch for number, epoch, _ in addresses(stream, 160) if number == mim}
     assert len(epochs) > 1
-    users = np.flatnonzero(stream.specs[mim].corpus.training_lengths[stream.specs[mim].corpus.lengths > 10] > 10)[:10]
+    users = np.flatnonzero(
+        specs_of(stream)[mim].corpus.training_lengths[specs_of(stream)[mim].corpus.lengths > 10] > 10
+    )[:10]
     same = [
         np.array_equal(
-            samples.render(stream.specs[mim], "train", int(user), 0, stream.seed).inputs,
-            samples.render(stream.specs[mim], "train", int(user), 1, stream.seed).inputs,
+            samples.render(specs_of(stream)[mim], "train", int(user), 0, stream.seed).inputs,
+            samples.render(specs_of(stream)[mim], "train", int(user), 1, stream.seed).inputs,
         )
         for user in users
     ]
@@ -211,14 +219,14 @@ def test_worker_processes_give_the_same_batches(components):
 def test_held_out_splits_stream_too(components, split):
     stream = input_pipeline.make_stream(components, split, 0, OPTIONS)
     found = [address for address in addresses(stream, 40) if address[1] == 0]
-    assert {index for task, _, index in found if task == 0} == set(range(samples.num_examples(stream.specs[0], split)))
+    assert {index for task, _, index in found if task == 0} == set(range(stream.tasks[0].num_examples(split)))
     assert take(stream, 1)[0][0]["decoder_loss_weights"].sum() > 0
 
 
 def test_the_largest_task_comes_first(components):
     for order in (components, components[::-1]):
         stream = input_pipeline.make_stream(order, "train", 0, OPTIONS)
-        assert [spec.family for spec in stream.specs] == ["retrieval", "mim"]
+        assert [spec.family for spec in specs_of(stream)] == ["retrieval", "mim"]
         assert stream.rates == tuple(sorted((rate for _, rate in components), reverse=True))
 
 
@@ -250,7 +258,7 @@ def test_options_that_do_not_fit(components, changed, message):
 
 
 def test_rows_that_just_hold_one_sample_are_enough(components):
-    needed = [samples.shortest_row(spec) for spec, _ in components]
+    needed = [task.shortest_row() for task, _ in components]
     lengths = {feature: max(row[feature] for row in needed) for feature in ("inputs", "targets")}
     options = dataclasses.replace(OPTIONS, task_feature_lengths=lengths)
     assert take(input_pipeline.make_stream(components, "train", 0, options), 2)
@@ -266,10 +274,10 @@ def test_more_processes_than_shards(stream):
 
 
 def test_a_split_without_examples(components):
-    spec = components[0][0]
+    spec = components[0][0].spec
     nobody = dataclasses.replace(spec.corpus, user_offsets=np.arange(10), items=spec.corpus.items[:9])
     with pytest.raises(InputError, match="has no train examples"):
-        input_pipeline.make_stream([(dataclasses.replace(spec, corpus=nobody), 1.0)], "train", 0, OPTIONS)
+        input_pipeline.make_stream([(CorpusTask(dataclasses.replace(spec, corpus=nobody)), 1.0)], "train", 0, OPTIONS)
 
 
 def test_normalizations_reach_the_rows(components):

@@ -37,7 +37,7 @@ def model(spec):
 
 def likelihoods(spec, graphdef, params, query) -> np.ndarray:
     """log p(item | history) of every item, teacher-forced: [I]."""
-    prompt = samples.write_history(spec, query.history, 512)
+    prompt = samples.write_history(spec, query, 512)
     targets = jnp.asarray(spec.catalog.tokens)  # [I, T]
     inputs = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
     tokens = jnp.tile(jnp.asarray(prompt)[None], (len(targets), 1))

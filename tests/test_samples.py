@@ -1,10 +1,12 @@
 """Samples: pure, complete, within their limits, and free of held-out items, against brute force on item numbers."""
 
 import dataclasses
+import functools
 import gzip
 import json
 import re
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -14,14 +16,19 @@ from hypothesis import strategies as st
 from recalign_jax.corpus.catalog import title_text
 from recalign_jax.corpus.corpus import Corpus
 from recalign_jax.errors import InputError
-from seqio_tasks import prompts, samples, specs
-from seqio_tasks.samples import Limits
+from seqio_tasks import examples, prompts, samples, specs, writing
+from seqio_tasks.examples import SPLITS
+from seqio_tasks.prompts import CANDIDATES, HISTORY, ITEM
 from seqio_tasks.specs import TaskOptions, TaskSpec
+from seqio_tasks.writing import Limits
 from tests.shared_data import shared
 
 EOS = 1
 FAMILIES = specs.FAMILIES
-ITEM_FORMATS = ("title", "token")
+NEXT = ("retrieval", "ranking", "bpr", "rating")  # an example a training pair
+WINDOWS = ("mim", "mlm")  # an example a user
+CHOICES = ("ranking", "bpr")
+ITEM_FORMATS = ("title", "id", "token")
 
 
 def training_part(sequence: list[int]) -> list[int]:
@@ -48,58 +55,153 @@ def mim_users(corpus: Corpus) -> list[int]:
     return [user for user, sequence in enumerate(sequences(corpus)) if len(training_part(sequence)) >= 2]
 
 
+def owners(spec: TaskSpec, split: str) -> list[int]:
+    """The user of each example."""
+    if spec.family == "rating_random":
+        users = np.repeat(np.arange(spec.corpus.num_users), spec.corpus.lengths)
+        return users[examples.random_part(spec.corpus, split)].tolist()
+    if split != "train":
+        return held_out_users(spec.corpus)
+    return [pair[0] for pair in all_prefix_pairs(spec.corpus)] if spec.family in NEXT else mim_users(spec.corpus)
+
+
 def numbered(spec: TaskSpec) -> TaskSpec:
     """The task with every token of item i replaced by a number of its own: lengths stay, and items can be read off."""
     catalog, base = spec.catalog, spec.vocabulary.num_tokens
     items = np.arange(catalog.num_items, dtype=np.int32)
     tokens = np.where(catalog.tokens > EOS, base + items[:, None], catalog.tokens)
-    pieces = base + np.repeat(items, np.diff(catalog.piece_offsets))
-    return dataclasses.replace(spec, catalog=dataclasses.replace(catalog, tokens=tokens, piece_tokens=pieces))
+    shown = base + np.repeat(items, np.diff(spec.displays.offsets))
+    return dataclasses.replace(
+        spec,
+        catalog=dataclasses.replace(catalog, tokens=tokens),
+        displays=spec.displays._replace(tokens=shown.astype(np.int32)),
+    )
+
+
+@functools.cache
+def tokens_of(vocabulary, text: str) -> list[int]:
+    return vocabulary.encode([text])[0]
+
+
+@functools.cache
+def ratings_of(corpus: Corpus, vocabulary) -> list[list[int]]:
+    """Tokens of each rating of a corpus, the longest first."""
+    known = [] if corpus.ratings is None else np.unique(corpus.ratings).tolist()
+    return sorted((tokens_of(vocabulary, f"{value:g}") for value in known), key=len, reverse=True)
+
+
+class Read(NamedTuple):
+    """A sample, read back."""
+
+    wording: int
+    history: list[int | None]  # None where an item is masked
+    ratings: list[str]  # of the history
+    candidates: list[int]
+    item: int | None
+    neighbours: list[int]
+    answer: list[int]
+
+
+def read(spec: TaskSpec, sample: writing.Sample) -> Read:
+    """Reads a numbered sample of any family but MLM whose text is restored first.
+
+    Checks on the way that the prompt is one of the family's wordings, filled with whole items with separators
+    between, and ends with end of sequence.
+    """
+    base, catalog = spec.vocabulary.num_tokens, spec.catalog
+    separator, masked, rated, also = (
+        tokens_of(spec.vocabulary, text)
+        for text in (separator_of(spec), prompts.MASKED_ITEM, prompts.RATED, prompts.NEIGHBOURS)
+    )
+    values = ratings_of(spec.corpus, spec.vocabulary)
+    inputs, targets = sample.inputs.tolist(), sample.targets.tolist()
+    assert inputs[-1] == targets[-1] == EOS
+
+    def items(rest: list[int], length_of) -> tuple[list[int | None], list[str], list[int]]:
+        """Items from the front, the ratings behind them, and what comes after."""
+        found: list[int | None] = []
+        ratings: list[str] = []
+        while True:
+            more = rest
+            if found:
+                if rest[: len(separator)] != separator:
+                    return found, ratings, rest
+                more = rest[len(separator) :]
+            if more[: len(masked)] == masked:
+                found.append(None)
+                rest = more[len(masked) :]
+            elif more and more[0] >= base:
+                found.append(more[0] - base)
+                length = length_of(more[0] - base)
+                assert more[:length] == more[:1] * length
+                rest = more[length:]
+            else:
+                return found, ratings, rest
+            if rest[: len(rated)] == rated:
+                rest = rest[len(rated) :]
+                value = next(value for value in values if rest[: len(value)] == value)
+                rest = rest[len(value) :]
+                ratings.append(spec.vocabulary.decode(value))
+
+    def shown(item: int) -> int:
+        return len(spec.displays.of(item))
+
+    def parse(template) -> Read | None:
+        rest, slots, ratings, neighbours = inputs[:-1], {}, [], []
+        for part in template:
+            if part not in prompts.PLACEHOLDERS:
+                literal = tokens_of(spec.vocabulary, part)
+                if rest[: len(literal)] != literal:
+                    return None
+                rest = rest[len(literal) :]
+                continue
+            slots[part], more, rest = items(rest, shown)
+            ratings += more
+            if part == HISTORY and rest[: len(also)] == also:
+                neighbours, _, rest = items(rest[len(also) :], shown)
+        if rest:
+            return None
+        answer, _, after = items(targets[:-1], lambda item: int(catalog.lengths[item]) - 1)
+        assert not after or spec.family.startswith("rating")
+        return Read(
+            -1, slots[HISTORY], ratings, slots.get(CANDIDATES, []), (slots.get(ITEM) or [None])[0], neighbours, answer
+        )
+
+    parsed = [parse(template) for template in prompts.TEMPLATES[spec.wordings]]
+    [wording] = [number for number, found in enumerate(parsed) if found]
+    return parsed[wording]._replace(wording=wording)
+
+
+def restored(spec: TaskSpec, sample: writing.Sample) -> writing.Sample:
+    """An MLM sample with its spans back in their places, and no target."""
+    first = spec.vocabulary.num_tokens - 1
+    spans, text = {}, []
+    for token in sample.targets[:-1].tolist():
+        if first - 100 < token <= first:
+            assert token == first - len(spans)
+            spans[token] = []
+        else:
+            spans[first - len(spans) + 1].append(token)
+    assert all(spans.values())
+    for token in sample.inputs.tolist():
+        text += spans.pop(token) if token in spans else [token]
+    assert not spans
+    return writing.Sample(np.asarray(text, np.int32), np.asarray([EOS], np.int32))
+
+
+def read_any(spec: TaskSpec, sample: writing.Sample) -> Read:
+    return read(spec, restored(spec, sample) if spec.family == "mlm" else sample)
 
 
 def separator_of(spec: TaskSpec) -> str:
-    return prompts.ITEM_SEPARATORS[spec.catalog.item_format]
+    return prompts.separator(spec.catalog.item_format, bool(spec.fields))
 
 
-def read(spec: TaskSpec, sample: samples.Sample) -> tuple[list[int | None], list[int]]:
-    """Reads a numbered sample: the items of the prompt (None where one is masked) and of the target.
-
-    Checks on the way that the prompt is question, whole items with separators between, question, end of sequence.
-    """
-    encode, base, catalog = spec.vocabulary.encode, spec.vocabulary.num_tokens, spec.catalog
-    before, after = (encode([part])[0] for part in prompts.TEMPLATES[spec.family] if part != prompts.HISTORY)
-    separator, masked = encode([separator_of(spec)])[0], encode([prompts.MASKED_ITEM])[0]
-    inputs, targets = sample.inputs.tolist(), sample.targets.tolist()
-    assert inputs[: len(before)] == before
-    assert inputs[-len(after) - 1 :] == [*after, EOS]
-    assert targets[-1] == EOS
-
-    def items(rest: list[int], length_of) -> list[int | None]:
-        found: list[int | None] = []
-        while rest:
-            if found:
-                assert rest[: len(separator)] == separator
-                rest = rest[len(separator) :]
-            if rest[: len(masked)] == masked:
-                found.append(None)
-                rest = rest[len(masked) :]
-            else:
-                found.append(rest[0] - base)
-                length = length_of(rest[0] - base)
-                assert rest[:length] == rest[:1] * length
-                rest = rest[length:]
-        return found
-
-    window = items(inputs[len(before) : -len(after) - 1], lambda item: len(catalog.pieces(item)))
-    answer = items(targets[:-1], lambda item: int(catalog.lengths[item]) - 1)
-    return window, [item for item in answer if item is not None]
-
-
-def fill(window: list[int | None], answer: list[int]) -> list[int]:
+def fill(found: Read) -> list[int]:
     """The window with the answer in the places of the masked items."""
-    assert window.count(None) == len(answer)
-    rest = iter(answer)
-    return [next(rest) if item is None else item for item in window]
+    assert found.history.count(None) == len(found.answer)
+    rest = iter(found.answer)
+    return [next(rest) if item is None else item for item in found.history]
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +230,7 @@ def test_training_examples_are_all_prefix_pairs(name, request):
     spec = request.getfixturevalue(name)("retrieval", "token")
     expected = all_prefix_pairs(spec.corpus)
     assert samples.num_examples(spec, "train") == len(expected)
-    queries = (samples.retrieval_query(spec.corpus, "train", index) for index in range(len(expected)))
+    queries = (examples.next_item(spec.corpus, "train", index) for index in range(len(expected)))
     assert all(
         (query.user, query.history.tolist(), query.target) == pair
         for query, pair in zip(queries, expected, strict=True)
@@ -141,16 +243,16 @@ def test_held_out_examples_are_the_last_two_items(shop):
         users = held_out_users(spec.corpus)
         assert samples.num_examples(spec, split_name) == len(users)
         for index, user in enumerate(users):
-            query, sequence = samples.retrieval_query(spec.corpus, split_name, index), sequences(spec.corpus)[user]
+            query, sequence = examples.next_item(spec.corpus, split_name, index), sequences(spec.corpus)[user]
             position = len(sequence) - from_end
             assert (query.user, query.history.tolist(), query.target) == (user, sequence[:position], sequence[position])
 
 
 def test_numbers_of_examples_of_beauty(beauty):
     retrieval, mim = beauty("retrieval", "token"), beauty("mim", "token")
-    assert [samples.num_examples(retrieval, name) for name in samples.SPLITS] == [131_413, 22_363, 22_363]
+    assert [samples.num_examples(retrieval, name) for name in SPLITS] == [131_413, 22_363, 22_363]
     # Every user has five interactions or more, so three for training.
-    assert [samples.num_examples(mim, name) for name in samples.SPLITS] == [22_363] * 3
+    assert [samples.num_examples(mim, name) for name in SPLITS] == [22_363] * 3
 
 
 def test_number_of_examples_of_toys(shop):
@@ -168,7 +270,7 @@ def test_mim_users_need_two_training_items(shop):
     users = mim_users(spec.corpus)
     assert samples.num_examples(spec, "train") == len(users) < spec.corpus.num_users
     for index, user in enumerate(users):
-        items = fill(*read(spec, samples.render(spec, "train", index)))
+        items = fill(read(spec, samples.render(spec, "train", index)))
         assert set(items) <= set(training_part(sequences(spec.corpus)[user]))
 
 
@@ -179,7 +281,7 @@ def test_mim_users_need_two_training_items(shop):
 @given(
     family=st.sampled_from(FAMILIES),
     item_format=st.sampled_from(ITEM_FORMATS),
-    split_name=st.sampled_from(samples.SPLITS),
+    split_name=st.sampled_from(SPLITS),
     fraction=st.floats(0, 1, exclude_max=True),
     epochs=st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 2**31 - 1)),
     seeds=st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)),
@@ -194,7 +296,7 @@ def test_rendering_is_pure(shop, family, item_format, split_name, fraction, epoc
     assert one.inputs.dtype == one.targets.dtype == np.int32
     np.testing.assert_array_equal(one.inputs, again.inputs)
     np.testing.assert_array_equal(one.targets, again.targets)
-    if family == "retrieval" or split_name != "train":  # nothing random in these
+    if split_name != "train":  # nothing random in these
         np.testing.assert_array_equal(one.inputs, other.inputs)
         np.testing.assert_array_equal(one.targets, other.targets)
 
@@ -214,7 +316,7 @@ def test_masks_change_with_epoch_and_seed(shop, changed):
 def test_masks_of_two_users_are_independent(shop):
     spec = numbered(shop("mim", "token", mim_mask_rate=0.5))
     long = [i for i, user in enumerate(mim_users(spec.corpus)) if spec.corpus.training_lengths[user] >= 20]
-    masks = {tuple(item is None for item in read(spec, samples.render(spec, "train", index))[0]) for index in long}
+    masks = {tuple(item is None for item in read(spec, samples.render(spec, "train", index)).history) for index in long}
     assert len(masks) == len(long) > 5
 
 
@@ -224,7 +326,7 @@ def test_items_are_masked_at_the_given_rate(shop, rate):
     long = [i for i, user in enumerate(mim_users(spec.corpus)) if spec.corpus.training_lengths[user] >= 20]
     masked = np.asarray(
         [
-            [item is None for item in read(spec, samples.render(spec, "train", index, epoch))[0]]
+            [item is None for item in read(spec, samples.render(spec, "train", index, epoch)).history]
             for index in long
             for epoch in range(40)
         ]
@@ -242,7 +344,7 @@ def test_windows_of_a_long_history_start_everywhere(shop):
     users = mim_users(spec.corpus)
     index = max(range(len(users)), key=lambda i: spec.corpus.training_lengths[users[i]])
     part = training_part(sequences(spec.corpus)[users[index]])
-    windows = [fill(*read(spec, samples.render(spec, "train", index, epoch))) for epoch in range(600)]
+    windows = [fill(read(spec, samples.render(spec, "train", index, epoch))) for epoch in range(600)]
     starts = Counter(part.index(window[0]) for window in windows)
     assert all(window == part[part.index(window[0]) :][:5] for window in windows)
     assert set(starts) == set(range(len(part) - 4))
@@ -252,30 +354,35 @@ def test_windows_of_a_long_history_start_everywhere(shop):
 
 
 @pytest.mark.parametrize("item_format", ITEM_FORMATS)
-@pytest.mark.parametrize("split_name", samples.SPLITS)
+@pytest.mark.parametrize("split_name", SPLITS)
 def test_a_retrieval_prompt_reads_as_its_template(shop, item_format, split_name):
-    spec, between = shop("retrieval", item_format), {"title": " ; ", "token": " "}[item_format]
+    spec, between = shop("retrieval", item_format), {"title": " ; ", "id": " ; ", "token": " "}[item_format]
 
     def text(item: int) -> str:
-        return title_text(spec.corpus, item) if item_format == "title" else f"<item_{item}>"
+        shown = {"title": title_text(spec.corpus, item), "id": " ".join(str(item)), "token": f"<item_{item}>"}
+        return shown[item_format]
 
     for index in range(0, samples.num_examples(spec, split_name), 7):
-        query, sample = samples.retrieval_query(spec.corpus, split_name, index), samples.render(spec, split_name, index)
+        query, sample = examples.next_item(spec.corpus, split_name, index), samples.render(spec, split_name, index)
         history = between.join(text(item) for item in query.history[-20:])
-        assert spec.vocabulary.decode(sample.inputs) == f"A user chose , in order : {history} . Next item ?"
+        written = {f"{before} {history} {after}" for before, _, after in prompts.TEMPLATES["retrieval"][:3]}
+        if split_name != "train":
+            written = {f"A user chose , in order : {history} . Next item ?"}
+        assert spec.vocabulary.decode(sample.inputs) in written
         assert spec.vocabulary.decode(sample.targets) == text(query.target)
 
 
-@pytest.mark.parametrize("split_name", samples.SPLITS)
+@pytest.mark.parametrize("split_name", SPLITS)
 def test_a_mim_prompt_reads_as_its_template(shop, split_name):
     spec, twin = shop("mim", "title"), numbered(shop("mim", "title"))
     for index in range(0, samples.num_examples(spec, split_name), 5):
-        window, answer = read(twin, samples.render(twin, split_name, index))
+        found = read(twin, samples.render(twin, split_name, index))
         sample = samples.render(spec, split_name, index)
-        shown = ["[masked item]" if item is None else title_text(spec.corpus, item) for item in window]
-        expected = f"A user chose , in order : {' ; '.join(shown)} . Masked items ?"
-        assert spec.vocabulary.decode(sample.inputs) == expected
-        assert spec.vocabulary.decode(sample.targets) == " ; ".join(title_text(spec.corpus, item) for item in answer)
+        shown = ["[masked item]" if item is None else title_text(spec.corpus, item) for item in found.history]
+        before, _, after = prompts.TEMPLATES["mim"][found.wording]
+        assert spec.vocabulary.decode(sample.inputs) == f"{before} {' ; '.join(shown)} {after}"
+        answer = " ; ".join(title_text(spec.corpus, item) for item in found.answer)
+        assert spec.vocabulary.decode(sample.targets) == answer
 
 
 @pytest.mark.parametrize("item_format", ITEM_FORMATS)
@@ -284,7 +391,7 @@ def test_source_ids_never_occur(shop, family, item_format):
     spec = shop(family, item_format)
     assert spec.corpus.item_source_id(0).startswith("B00QXZ")
     assert spec.corpus.user_source_id(0).startswith("USR")
-    for split_name in samples.SPLITS:
+    for split_name in SPLITS:
         for index in range(samples.num_examples(spec, split_name)):
             text = " ".join(map(spec.vocabulary.decode, samples.render(spec, split_name, index)))
             assert "QXZ" not in text
@@ -336,11 +443,12 @@ def test_joined_pieces_are_the_tokens_of_the_joined_text(beauty):
     capped = {item for item, own in enumerate(encode(titles)) if len(own) > spec.options.max_item_tokens - 1}
     compared = 0
     for index in range(0, samples.num_examples(spec, "train"), 217):
-        query, sample = samples.retrieval_query(spec.corpus, "train", index), samples.render(spec, "train", index)
+        query, sample = examples.next_item(spec.corpus, "train", index), samples.render(spec, "train", index)
         if capped.intersection(query.history[-20:].tolist()):
             continue
         history = " ; ".join(titles[item] for item in query.history[-20:])
-        assert [*encode([f"A user chose , in order : {history} . Next item ?"])[0], EOS] == sample.inputs.tolist()
+        wordings = [f"{before} {history} {after}" for before, _, after in prompts.TEMPLATES["retrieval"][:3]]
+        assert sample.inputs.tolist() in [[*tokens, EOS] for tokens in encode(wordings)]
         compared += 1
     assert compared > 300
 
@@ -348,19 +456,21 @@ def test_joined_pieces_are_the_tokens_of_the_joined_text(beauty):
 # Lengths.
 
 
-@settings(max_examples=250)
+@settings(max_examples=400)
 @given(
     family=st.sampled_from(FAMILIES),
     item_format=st.sampled_from(ITEM_FORMATS),
-    split_name=st.sampled_from(samples.SPLITS),
+    split_name=st.sampled_from(SPLITS),
     fraction=st.floats(0, 1, exclude_max=True),
     spare=st.tuples(st.integers(0, 300), st.integers(0, 100)),
     epoch=st.integers(0, 3),
     history_length=st.integers(1, 45),
     mim_mask_rate=st.sampled_from([0.0, 0.2, 0.9, 1.0]),
+    item_fields=st.sampled_from([(), ("title", "brand"), ("categories",)]),
+    neighbours=st.sampled_from([0, 3]),
 )
-def test_limits_are_kept(shop, family, item_format, split_name, fraction, spare, epoch, history_length, mim_mask_rate):
-    spec = numbered(shop(family, item_format, history_length=history_length, mim_mask_rate=mim_mask_rate))
+def test_limits_are_kept(shop, family, item_format, split_name, fraction, spare, epoch, **options):
+    spec = numbered(shop(family, item_format, test_negatives=20, **options))
     index = int(fraction * samples.num_examples(spec, split_name))
     shortest = samples.shortest_row(spec)
     limits = Limits(shortest["inputs"] + spare[0], shortest["targets"] + spare[1])
@@ -369,45 +479,62 @@ def test_limits_are_kept(shop, family, item_format, split_name, fraction, spare,
     assert len(sample.inputs) <= limits.inputs
     assert len(sample.targets) <= limits.targets
 
-    all_shown, all_answers = read(spec, whole)
-    shown, answers = read(spec, sample)  # also checks that the question and whole items stand
-    dropped = len(all_shown) - len(shown)
-    assert shown
-    if family == "retrieval":
-        query = samples.retrieval_query(spec.corpus, split_name, index)
-        assert all_shown == query.history[-history_length:].tolist()
-        assert answers == all_answers == [query.target]
-        assert shown == all_shown[dropped:]
-        # No item was dropped in vain.
-        separator = len(spec.vocabulary.encode([separator_of(spec)])[0])
-        if dropped:
-            assert len(sample.inputs) + separator + len(spec.catalog.pieces(all_shown[dropped - 1])) > limits.inputs
+    complete, found = (
+        read_any(spec, whole),
+        read_any(spec, sample),
+    )  # also checks that the question and whole items stand
+    dropped = len(complete.history) - len(found.history)
+    assert found.wording == complete.wording
+    if family == "rating_random" and not complete.history:
         return
-    window, kept = fill(all_shown, all_answers), fill(shown, answers)
-    assert kept == window[dropped:]
-    assert answers
+    assert found.history
+    assert found.item == complete.item
+    assert found.ratings == complete.ratings[dropped:]
+    assert set(found.neighbours) <= set(complete.neighbours)
+    if family == "mim":
+        _check_masks(spec, split_name, index, complete, found)
+        return
+    assert found.history == complete.history[dropped:]
+    assert found.answer == complete.answer
+    if family in CHOICES and split_name != "train":
+        assert found.candidates == complete.candidates[: len(found.candidates)]  # blind to which one is right
+    elif family in CHOICES:
+        assert set(found.candidates) <= set(complete.candidates)
+        assert len(found.candidates) >= 2
+        assert set(found.answer) <= set(found.candidates)
+    if dropped:  # no item was dropped in vain
+        separator = len(spec.vocabulary.encode([separator_of(spec)])[0])
+        newest_dropped = len(spec.displays.of(complete.history[dropped - 1]))
+        size = len((restored(spec, sample) if family == "mlm" else sample).inputs)
+        assert size + separator + newest_dropped + 10 * family.startswith("rating") > limits.inputs
+
+
+def _check_masks(spec: TaskSpec, split_name: str, index: int, complete: Read, found: Read) -> None:
+    dropped = len(complete.history) - len(found.history)
+    window = fill(complete)
+    assert fill(found) == window[dropped:]
+    assert found.answer
     # Nothing was masked that is not masked without limits, but where all of that had to go.
-    masked = {place for place, item in enumerate(shown) if item is None}
-    assert masked <= {place - dropped for place, item in enumerate(all_shown) if item is None} or masked == {
-        len(shown) - 1
+    masked = {place for place, item in enumerate(found.history) if item is None}
+    assert masked <= {place - dropped for place, item in enumerate(complete.history) if item is None} or masked == {
+        len(found.history) - 1
     }
     if split_name != "train":
-        user = held_out_users(spec.corpus)[index]
-        sequence = sequences(spec.corpus)[user]
-        assert answers[-1] == sequence[-2 if split_name == "validation" else -1]
-        assert shown[-1] is None
-        assert window == sequence[: -1 if split_name == "validation" else None][-history_length:]
+        sequence = sequences(spec.corpus)[held_out_users(spec.corpus)[index]]
+        assert found.answer[-1] == sequence[-2 if split_name == "validation" else -1]
+        assert found.history[-1] is None
+        assert window == sequence[: -1 if split_name == "validation" else None][-spec.options.history_length :]
 
 
 def test_without_limits_nothing_is_dropped_but_by_the_history_length(shop):
     spec = numbered(shop("retrieval", "title", history_length=3))
     longest = max(range(samples.num_examples(spec, "test")), key=lambda i: len(sequences(spec.corpus)[i]))
-    query = samples.retrieval_query(spec.corpus, "test", longest)
-    assert read(spec, samples.render(spec, "test", longest))[0] == query.history[-3:].tolist()
+    query = examples.next_item(spec.corpus, "test", longest)
+    assert read(spec, samples.render(spec, "test", longest)).history == query.history[-3:].tolist()
 
 
 def test_all_samples_of_beauty_that_are_long_fit_short_rows(beauty):
-    for family in FAMILIES:
+    for family in ("retrieval", "ranking", "bpr", *WINDOWS):
         spec = beauty(family, "title")
         limits = Limits(**samples.shortest_row(spec))
         order = np.argsort(-spec.corpus.training_lengths, kind="stable")[:300]
@@ -419,12 +546,19 @@ def test_all_samples_of_beauty_that_are_long_fit_short_rows(beauty):
 
 def test_a_history_can_be_empty(shop):
     spec = shop("retrieval", "title")
-    prompt = samples.write_history(spec, np.zeros(0, np.int32))
+    prompt = samples.write_history(spec, examples.Query(-1, np.zeros(0, np.int32), -1))
     assert spec.vocabulary.decode(prompt) == "A user chose , in order : . Next item ?"
 
 
-@pytest.mark.parametrize("options", [{"history_length": 0}, {"max_item_tokens": 1}])
-def test_options_that_leave_nothing_are_refused(options):
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"history_length": 0}, {"max_item_tokens": 1}, {"ranking_candidates": 1}, {"mim_masked_items": 0}),
+        *({"mim_mask_rate": 1.5}, {"mlm_noise_density": -0.1}, {"negatives": "unifrom"}, {"item_fields": ("titel",)}),
+        *({"evaluation_wording": "new"}, {"training_wordings": 0}, {"mlm_mean_span_length": 0.5}),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises(InputError, match=next(iter(options)).upper()):
         TaskOptions(**options)
 
@@ -432,53 +566,240 @@ def test_options_that_leave_nothing_are_refused(options):
 # Leaks.
 
 
-def leaks(spec: TaskSpec, rendered: list[samples.Sample], users: list[int]) -> set[tuple[int, int]]:
-    """(user, item) of every held-out item that stands in a numbered sample of its user, wherever that is."""
-    tokens = [np.concatenate([*sample]) for sample in rendered]
-    assert all((row >= spec.vocabulary.num_tokens).any() for row in tokens)
-    owner = np.repeat(users, [len(row) for row in tokens])
-    item = np.concatenate(tokens) - spec.vocabulary.num_tokens
-    last, before = (
-        np.asarray([spec.corpus.sequence(user)[-n] for user in range(spec.corpus.num_users)]) for n in (1, 2)
-    )
-    found = (item == last[owner]) | (item == before[owner])
-    return set(zip(owner[found].tolist(), item[found].tolist(), strict=True))
+def leaks(spec: TaskSpec, rendered: list[writing.Sample], users: list[int]) -> set[tuple[int, int]]:
+    """(user, item) of every held-out item that stands in a numbered sample of its user, but as a negative."""
+    held_out = [set(spec.corpus.sequence(user)[-2:].tolist()) for user in range(spec.corpus.num_users)]
+    found = set()
+    for user, sample in zip(users, rendered, strict=True):
+        if spec.corpus.lengths[user] < 3:
+            continue
+        seen = read_any(spec, sample)
+        told = {*seen.history, *seen.answer, seen.item, *seen.neighbours}
+        found |= {(user, item) for item in told & held_out[user]}
+    return found
 
 
 @pytest.mark.parametrize("item_format", ITEM_FORMATS)
+@pytest.mark.parametrize("family", [*NEXT, *WINDOWS])
+def test_every_training_sample_of_the_shop_is_free_of_held_out_items(shop, family, item_format):
+    spec = numbered(shop(family, item_format, neighbours=0 if family in WINDOWS else 2))
+    users = owners(spec, "train")
+    assert len(users) == samples.num_examples(spec, "train")
+    rendered = [samples.render(spec, "train", index, epoch=index % 3) for index in range(len(users))]
+    found = {(user, item) for user, item in leaks(spec, rendered, users)}
+    if not spec.options.neighbours:
+        assert found == set()
+    else:  # a neighbour can be what is held out: other users have it beside the history
+        plain = numbered(shop(family, item_format))
+        assert leaks(plain, [samples.render(plain, "train", index) for index in range(len(users))], users) == set()
+
+
+def test_mixtures_hold_leave_one_out_only():
+    assert {family for members in specs.MIXTURES.values() for family in members} == {*NEXT, *WINDOWS}
+
+
+@pytest.mark.parametrize("family", [*NEXT, *WINDOWS])
+def test_no_training_sample_of_movielens_holds_what_is_held_out(family, movielens_corpus, movielens_words):
+    """Every family of every mixture, on real data with ratings."""
+    options = TaskOptions(history_length=200)
+    spec = numbered(specs.make_spec(movielens_corpus, family, "token", movielens_words, options))
+    users = owners(spec, "train")
+    # The longest history comes nearest to what is held out, and other places are drawn.
+    last = [place for place, user in enumerate(users) if place + 1 == len(users) or users[place + 1] != user]
+    chosen = sorted({*last, *range(0, len(users), 197)})
+    rendered = [samples.render(spec, "train", index, epoch=index % 7) for index in chosen]
+    assert leaks(spec, rendered, [users[index] for index in chosen]) == set()
+    # The oracle sees what there is to see.
+    held_out = [samples.render(spec, "test", index) for index in range(20)]
+    assert len(leaks(spec, held_out, held_out_users(movielens_corpus)[:20])) >= 20
+
+
+@pytest.mark.parametrize("item_format", ["title", "token"])
 def test_no_training_sample_of_beauty_holds_a_held_out_item(beauty, item_format):
     """No user repeats an item, so the last two items of a user may stand in no training sample of that user."""
-    retrieval, mim = numbered(beauty("retrieval", item_format)), numbered(beauty("mim", item_format))
-    users = list(range(0, retrieval.corpus.num_users, 1 if item_format == "token" else 7))
-    # The longest history comes nearest to what is held out: of n - 2 training items and n - 3 pairs the last.
-    last_pairs = (np.cumsum(retrieval.corpus.lengths - 3) - 1)[users].tolist()
-    assert [samples.retrieval_query(retrieval.corpus, "train", index).user for index in last_pairs] == users
-    assert leaks(retrieval, [samples.render(retrieval, "train", index) for index in last_pairs], users) == set()
-    assert leaks(mim, [samples.render(mim, "train", user, epoch=user % 5) for user in users], users) == set()
-    # The oracle sees what there is to see.
-    few = users[:50]
-    targets = retrieval.corpus.targets("validation")[few].tolist()
-    assert leaks(mim, [samples.render(mim, "validation", user) for user in few], few) == set(
-        zip(few, targets, strict=True)
-    )
+    every = 11 if item_format == "token" else 53
+    for family in ("retrieval", "ranking", "bpr", *WINDOWS):
+        spec = numbered(beauty(family, item_format))
+        users = list(range(0, spec.corpus.num_users, every))
+        # Of n - 2 training items and n - 3 pairs the last.
+        chosen = (np.cumsum(spec.corpus.lengths - 3) - 1)[users].tolist() if family in NEXT else users
+        rendered = [samples.render(spec, "train", index, epoch=index % 5) for index in chosen]
+        assert leaks(spec, rendered, users) == set()
 
 
-@pytest.mark.parametrize("item_format", ITEM_FORMATS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_training_sample_of_the_shop_is_free_of_held_out_items(shop, family, item_format):
-    spec = numbered(shop(family, item_format))
-    owners = [user for user, _, _ in all_prefix_pairs(spec.corpus)] if family == "retrieval" else mim_users(spec.corpus)
-    held_out = set(held_out_users(spec.corpus))
-    for index, user in enumerate(owners):
-        if user in held_out:
-            sample = samples.render(spec, "train", index)
-            items = set(np.concatenate([*sample]) - spec.vocabulary.num_tokens)
-            assert not items & set(spec.corpus.sequence(user)[-2:])
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*NEXT, *WINDOWS])
 def test_the_validation_split_does_not_hold_the_test_item(shop, family):
     spec = numbered(shop(family, "token"))
     for index, user in enumerate(held_out_users(spec.corpus)):
-        items = set(np.concatenate([*samples.render(spec, "validation", index)]) - spec.vocabulary.num_tokens)
-        assert items & set(spec.corpus.sequence(user)[-2:]) == {spec.corpus.sequence(user)[-2]}
+        found = read_any(spec, samples.render(spec, "validation", index))
+        told = {*found.history, *found.answer, found.item}
+        assert told & set(spec.corpus.sequence(user)[-2:]) == {spec.corpus.sequence(user)[-2]}
+        assert spec.corpus.sequence(user)[-1] not in found.candidates
+
+
+# Families.
+
+
+def test_ranking_and_bpr_show_the_right_item_among_negatives_from_outside_the_training_part(shop):
+    for family, size in (("ranking", 7), ("bpr", 2)):
+        spec = numbered(shop(family, "token", ranking_candidates=7))
+        places, drawn = Counter(), Counter()
+        for index, (user, history, target) in enumerate(all_prefix_pairs(spec.corpus)):
+            found = read(spec, samples.render(spec, "train", index))
+            assert found.history == history[-20:]
+            assert found.answer == [target]
+            assert len(set(found.candidates)) == len(found.candidates) == size
+            negatives = set(found.candidates) - {target}
+            assert not negatives & set(training_part(sequences(spec.corpus)[user]))
+            places[found.candidates.index(target)] += 1
+            drawn.update((user, item) for item in negatives)
+        count = sum(places.values())
+        assert all(abs(places[place] - count / size) < 4 * (count / size) ** 0.5 for place in range(size))
+        # Blind to what is held out: held-out items are drawn, as often as others that the user didn't train on.
+        held_out = {(user, item) for user in held_out_users(spec.corpus) for item in sequences(spec.corpus)[user][-2:]}
+        expected = 0.0
+        for user in held_out_users(spec.corpus):
+            outside = 60 - len(training_part(sequences(spec.corpus)[user]))
+            expected += 2 * sum(count for (owner, _), count in drawn.items() if owner == user) / outside
+        assert abs(sum(drawn[pair] for pair in held_out) - expected) < 4 * expected**0.5
+
+
+def test_held_out_candidates_are_one_and_99_from_outside_the_whole_history(beauty):
+    spec = numbered(beauty("ranking", "token"))
+    again = dataclasses.replace(spec, options=TaskOptions(negatives="popularity", history_length=3))
+    for split_name in ("validation", "test"):
+        for index in range(0, 400, 7):
+            found = read(spec, samples.render(spec, split_name, index, seed=index))
+            assert len(set(found.candidates)) == 100
+            own = set(spec.corpus.sequence(held_out_users(spec.corpus)[index]).tolist())
+            assert set(found.candidates) & own == set(found.answer)
+            other = read(again, samples.render(again, split_name, index, epoch=3))
+            assert other.candidates == found.candidates
+
+
+def test_ratings_stand_with_the_history_and_are_asked_for(shop):
+    spec = numbered(shop("rating", "token"))
+    corpus = spec.corpus
+    for split_name in SPLITS:
+        for index in range(samples.num_examples(spec, split_name)):
+            sample = samples.render(spec, split_name, index)
+            found, query = read(spec, sample), examples.next_rating(corpus, split_name, index)
+            start = corpus.user_offsets[query.user]
+            place = start + len(query.history)
+            assert found.item == query.target == corpus.items[place]
+            assert spec.vocabulary.decode(sample.targets) == f"{corpus.ratings[place]:g}"
+            shown = slice(max(start, place - 20), place)
+            assert found.history == corpus.items[shown].tolist()
+            assert found.ratings == [f"{rating:g}" for rating in corpus.ratings[shown]]
+    without = numbered(shop("rating", "token", rating_history=False))
+    assert read(without, samples.render(without, "test", 0)).ratings == []
+
+
+def test_the_random_rating_split_is_8_1_1_and_its_histories_are_of_its_training_part(shop):
+    spec = numbered(shop("rating_random", "token", history_length=1000))
+    corpus = spec.corpus
+    parts = {name: examples.random_part(corpus, name) for name in SPLITS}
+    together = np.concatenate([*parts.values()])
+    assert sorted(together.tolist()) == list(range(corpus.num_interactions))
+    tenth = corpus.num_interactions // 10
+    assert [len(parts[name]) for name in ("validation", "test")] == [tenth, tenth]
+    trained = set(parts["train"].tolist())
+    empty = 0
+    for split_name in SPLITS:
+        for index, place in enumerate(parts[split_name].tolist()):
+            found = read(spec, samples.render(spec, split_name, index))
+            user = int(np.searchsorted(corpus.user_offsets, place, side="right")) - 1
+            before = [n for n in range(corpus.user_offsets[user], place) if n in trained]
+            assert found.item == corpus.items[place]
+            assert found.history == corpus.items[before].tolist()
+            assert found.ratings == [f"{corpus.ratings[n]:g}" for n in before]
+            empty += not before
+    assert empty  # a first interaction has no history, and is asked for all the same
+
+
+@pytest.mark.parametrize("item_format", ITEM_FORMATS)
+def test_mlm_restores_the_text_of_a_window(shop, item_format):
+    spec = numbered(shop("mlm", item_format))
+    users = owners(spec, "train")
+    for index, user in enumerate(users):
+        part = training_part(sequences(spec.corpus)[user])
+        window = read_any(spec, samples.render(spec, "train", index)).history
+        assert any(part[start : start + len(window)] == window for start in range(len(part)))
+        assert len(window) == min(len(part), 20)
+
+
+def test_mlm_text_has_its_fields(shop, shop_corpus):
+    spec = shop("mlm", "token")
+    item = next(item for item in range(60) if shop_corpus.item_text(item).brand)
+    assert spec.vocabulary.decode(spec.displays.of(item)) == f"<item_{item}> , brand : Acme , category : Tubs"
+    fields = shop("retrieval", "title", item_fields=["title", "categories"])
+    assert spec.vocabulary.decode(fields.displays.of(item)) == "Acme Tubs , categories : Bath , Tubs"
+
+
+def test_mlm_masks_the_given_share(shop):
+    spec = shop("mlm", "title", mlm_noise_density=0.3, mlm_mean_span_length=2.0)
+    masked = total = spans = 0
+    for index in range(samples.num_examples(spec, "train")):
+        sample = samples.render(spec, "train", index)
+        sentinels = int((sample.targets >= spec.vocabulary.num_tokens - 100).sum())
+        spans += sentinels
+        masked += len(sample.targets) - 1 - sentinels
+        question = writing_size(spec, sample)
+        total += len(sample.inputs) - question - sentinels + len(sample.targets) - 1 - sentinels
+    assert abs(masked / total - 0.3) < 0.01
+    assert 1.7 < masked / spans < 2.4
+
+
+def writing_size(spec: TaskSpec, sample: writing.Sample) -> int:
+    """Tokens of the question of an MLM sample, whichever wording it has."""
+    text = spec.vocabulary.decode(sample.inputs)
+    for before, _, after in prompts.TEMPLATES["mlm"]:
+        if text.startswith(before) and text.endswith(after):
+            return sum(len(spec.vocabulary.encode([part])[0]) for part in (before, after)) + 1
+    raise AssertionError(text)
+
+
+def test_so_many_items_are_masked(shop):
+    spec = numbered(shop("mim", "token", mim_masked_items=3))
+    for split_name in SPLITS:
+        for index, user in enumerate(owners(spec, split_name)):
+            found = read(spec, samples.render(spec, split_name, index))
+            assert len(found.answer) == min(3, max(len(found.history) - 1, 1)), user
+
+
+def test_without_prefix_augmentation_a_user_has_one_example(shop):
+    for family in NEXT:
+        spec = numbered(shop(family, "token", prefix_augmentation=False))
+        users = mim_users(spec.corpus)
+        assert samples.num_examples(spec, "train") == len(users)
+        for index, user in enumerate(users):
+            found = read(spec, samples.render(spec, "train", index))
+            part = training_part(sequences(spec.corpus)[user])
+            assert found.history == part[:-1][-20:]
+            assert (found.item if family == "rating" else found.answer[0]) == part[-1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_held_out_wording_is_no_training_wording(shop, family):
+    spec = numbered(shop(family, "token", evaluation_wording="held_out"))
+    last = len(prompts.TEMPLATES[spec.wordings]) - 1
+    trained = Counter(
+        read_any(spec, samples.render(spec, "train", index)).wording
+        for index in range(samples.num_examples(spec, "train"))
+    )
+    assert set(trained) == set(range(last))
+    assert {read_any(spec, samples.render(spec, "test", index)).wording for index in range(20)} == {last}
+    seen = numbered(shop(family, "token", training_wordings=1))
+    assert {read_any(seen, samples.render(seen, name, index)).wording for name in SPLITS for index in range(20)} == {0}
+
+
+def test_neighbours_stand_behind_the_history(shop):
+    spec, plain = numbered(shop("retrieval", "token", neighbours=4)), numbered(shop("retrieval", "token"))
+    with_some = 0
+    for index in range(samples.num_examples(spec, "train")):
+        found = read(spec, samples.render(spec, "train", index))
+        assert found._replace(neighbours=[]) == read(plain, samples.render(plain, "train", index))
+        assert len(found.neighbours) <= 4
+        assert not set(found.neighbours) & set(found.history)
+        with_some += bool(found.neighbours)
+    assert with_some > 100

@@ -5,34 +5,34 @@ import itertools
 from collections import Counter
 
 import gin
-import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
 
 import seqio_tasks
 from recalign_jax.errors import InputError
-from seqio_tasks import samples, specs, tasks
-from seqio_tasks.samples import Limits
+from seqio_tasks import prompts, samples, specs, tasks, writing
+from seqio_tasks.components import components
+from seqio_tasks.writing import Limits
+from tests.corpora import prepared, write_tables
 
 LENGTHS = {"inputs": 160, "targets": 64}
-NAMES = {
-    *("shop_retrieval", "shop_retrieval_token", "shop_mim", "shop_mim_token"),
-    *("shop_retrieval_aligned", "shop_retrieval_aligned_token"),
-}
+FAMILIES = ("retrieval", "ranking", "rating", "rating_random", "mim", "mlm", "bpr")
+MIXTURES = ("retrieval_aligned", "ranking_aligned", "rating_aligned", "all")
+NAMES = {f"shop_{base}{suffix}" for base in (*FAMILIES, *MIXTURES) for suffix in ("", "_id", "_token")}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def registered(shop_corpus, shop_words):
-    return seqio_tasks.register(str(shop_corpus.directory), shop_words.path)
+    return register_again(shop_corpus, shop_words)
 
 
-def register_again(shop_corpus, shop_words, **options) -> None:
-    """Registers with options from gin, as a run does; then clears gin."""
-    for name, value in options.items():
+def register_again(shop_corpus, shop_words, **options) -> list[str]:
+    """Registers with options from gin, as a run does; then clears gin. With one wording, retrieval isn't random."""
+    for name, value in {"training_wordings": 1, **options}.items():
         gin.bind_parameter(f"TaskOptions.{name}", value)
     try:
-        seqio_tasks.register(str(shop_corpus.directory), shop_words.path)
+        return seqio_tasks.register(str(shop_corpus.directory), shop_words.path)
     finally:
         gin.clear_config()
 
@@ -53,7 +53,7 @@ def rendered(name: str, split: str, **options) -> list[tuple[tuple[int, ...], ..
 
 
 def test_registration(registered):
-    assert set(registered) == NAMES == set(specs.names_for("shop"))
+    assert set(registered) == NAMES == set(specs.names_for("shop", rated=True))
     assert len(registered) == len(NAMES)
     assert NAMES.issubset({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
 
@@ -94,7 +94,7 @@ def test_vocabularies_of_the_features(shop_words, shop_corpus):
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-@pytest.mark.parametrize("name", ["shop_retrieval", "shop_retrieval_token", "shop_mim", "shop_mim_token"])
+@pytest.mark.parametrize("name", ["shop_retrieval", "shop_ranking_token", "shop_mim_id", "shop_mlm_token", "shop_bpr"])
 def test_held_out_examples_equal_render(name, split):
     expected = rendered(name, split, limits=Limits(**LENGTHS))
     assert examples(name, LENGTHS, split, shuffle=False) == expected
@@ -103,7 +103,7 @@ def test_held_out_examples_equal_render(name, split):
 
 @pytest.mark.parametrize("lengths", [None, LENGTHS])
 def test_retrieval_training_examples_equal_render(lengths):
-    limits = samples.NO_LIMITS if lengths is None else Limits(**lengths)
+    limits = writing.NO_LIMITS if lengths is None else Limits(**lengths)
     expected = rendered("shop_retrieval", "train", limits=limits)
     assert examples("shop_retrieval", lengths, "train", shuffle=False) == expected
     shuffled = examples("shop_retrieval", lengths, "train", shuffle=True, seed=1)
@@ -147,33 +147,56 @@ def test_shards_cover_each_example_once(num_shards, shuffle):
 def test_the_mixture_is_proportional_to_examples():
     mixture = seqio.get_mixture_or_task("shop_retrieval_aligned")
     counts = {task.name: samples.num_examples(task.source.spec, "train") for task in mixture.tasks}
-    assert set(counts) == {"shop_retrieval", "shop_mim"}
+    assert set(counts) == {"shop_retrieval", "shop_mim", "shop_mlm"}
     assert {task.name: mixture.get_rate(task) for task in mixture.tasks} == counts
-    found = {spec.name: rate for spec, rate in tasks.components("shop_retrieval_aligned")}
+    found = {task.name: rate for task, rate in components("shop_retrieval_aligned")}
     assert found == pytest.approx({name: count / sum(counts.values()) for name, count in counts.items()}, rel=1e-12)
-    [(spec, rate)] = tasks.components("shop_mim_token")
-    assert (spec.name, rate) == ("shop_mim_token", 1.0)
+    [(task, rate)] = components("shop_mim_token")
+    assert (task.name, rate) == ("shop_mim_token", 1.0)
 
 
 def test_maximum_and_temperature_change_the_rates(shop_corpus, shop_words):
-    counts = {spec.name: samples.num_examples(spec, "train") for spec, _ in tasks.components("shop_retrieval_aligned")}
+    counts = {task.name: task.num_examples("train") for task, _ in components("shop_retrieval_aligned")}
     try:
         register_again(shop_corpus, shop_words, mixture_maximum=100, mixture_temperature=2.0)
-        rates = {spec.name: rate for spec, rate in tasks.components("shop_retrieval_aligned")}
+        rates = {task.name: rate for task, rate in components("shop_retrieval_aligned")}
     finally:
         register_again(shop_corpus, shop_words)
     roots = {name: min(count, 100) ** 0.5 for name, count in counts.items()}
     assert rates == pytest.approx({name: root / sum(roots.values()) for name, root in roots.items()})
 
 
-def test_the_mixture_draws_at_its_rates():
-    dataset = seqio.get_mixture_or_task("shop_retrieval_aligned_token").get_dataset(None, "train", seed=0)
-    rows = list(dataset.take(2000).as_numpy_iterator())
-    spec = seqio.get_mixture_or_task("shop_mim_token").source.spec
-    question = spec.vocabulary.encode([". Masked items ?"])[0]
-    masked = np.mean([row["inputs"][-len(question) - 1 : -1].tolist() == question for row in rows])
-    rates = {spec.family: rate for spec, rate in tasks.components("shop_retrieval_aligned_token")}
-    assert abs(masked - rates["mim"]) < 4 * (rates["mim"] * (1 - rates["mim"]) / len(rows)) ** 0.5
+@pytest.mark.parametrize("name", ["shop_all_token", "shop_rating_aligned_token"])
+def test_a_mixture_draws_at_its_rates(name):
+    dataset = seqio.get_mixture_or_task(name).get_dataset(None, "train", seed=0)
+    rows = list(dataset.take(3000).as_numpy_iterator())
+    spec = components(name)[0][0].spec
+    asked = {family: wordings[0][2] for family, wordings in prompts.TEMPLATES.items()}
+    question = {family: " ".join(map(str, spec.vocabulary.encode([text])[0])) for family, text in asked.items()}
+
+    def family_of(tokens: str) -> str:
+        [found] = [family for family, words in question.items() if f" {words} " in f" {tokens} "]
+        return found
+
+    drawn = Counter(family_of(" ".join(map(str, row["inputs"]))) for row in rows)
+    rates = {task.spec.family: rate for task, rate in components(name)}
+    assert set(drawn) == set(rates)
+    for family, rate in rates.items():
+        assert abs(drawn[family] / len(rows) - rate) < 4 * (rate * (1 - rate) / len(rows)) ** 0.5
+
+
+def test_a_mixture_of_two_corpora_holds_the_tasks_of_both(shop_corpus, shop_words, data_dir, tmp_path):
+    other = prepared("tables", write_tables(tmp_path, [("u", f"i{n}", n) for n in range(9)]), data_dir, "corner")
+    seqio_tasks.register(str(other.directory), shop_words.path)
+    name = specs.split_name("shop.corner_all", data_dir)
+    assert tasks.register_joint(name) == "shop.corner_all"
+    counts = {task.name: task.num_examples("train") for task, _ in components("shop.corner_all")}
+    families = ("retrieval", "ranking", "mim", "mlm", "bpr")
+    assert set(counts) == {f"{corpus}_{f}" for corpus in ("shop", "corner") for f in families} | {"shop_rating"}
+    rates = {task.name: rate for task, rate in components("shop.corner_all")}
+    assert rates == pytest.approx({name: count / sum(counts.values()) for name, count in counts.items()})
+    tasks.register_joint(specs.split_name("shop.corner_mim", data_dir))
+    assert {task.name for task, _ in components("shop.corner_mim")} == {"shop_mim", "corner_mim"}
 
 
 def test_seqios_own_packing_runs_on_the_mixture():
@@ -208,7 +231,7 @@ def test_seqios_own_packing_runs_on_the_mixture():
     [
         ("shop_retrieval_alinged", "Did you mean 'shop_retrieval_aligned'"),
         ("nothing", "Unknown task or mixture 'nothing'"),
-        ("own_records", "has a source of its own"),
+        ("own_records", "'own_records' has no features inputs and targets: inputs"),
     ],
 )
 def test_components_of_unknown_names(name, message):
@@ -219,7 +242,7 @@ def test_components_of_unknown_names(name, message):
             output_features={"inputs": seqio.Feature(seqio.PassThroughVocabulary(9))},
         )
     with pytest.raises(InputError, match=message):
-        tasks.components(name)
+        components(name)
 
 
 @pytest.fixture
@@ -233,11 +256,14 @@ def two_corpora(tmp_path):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("shop_retrieval", ("shop", "retrieval", "title")),
-        ("shop_mim_token", ("shop", "mim", "token")),
-        ("shop_mim_title", ("shop", "mim", "title")),
-        ("shop_large_mim", ("shop_large", "mim", "title")),
-        ("shop_large_retrieval_aligned_token", ("shop_large", "retrieval_aligned", "token")),
+        ("shop_retrieval", (("shop",), "retrieval", "title")),
+        ("shop_mim_token", (("shop",), "mim", "token")),
+        ("shop_mim_title", (("shop",), "mim", "title")),
+        ("shop_bpr_id", (("shop",), "bpr", "id")),
+        ("shop_all", (("shop",), "all", "title")),
+        ("shop_large_mlm", (("shop_large",), "mlm", "title")),
+        ("shop_large_retrieval_aligned_token", (("shop_large",), "retrieval_aligned", "token")),
+        ("shop_large.shop_retrieval_aligned", (("shop_large", "shop"), "retrieval_aligned", "title")),
     ],
 )
 def test_names_are_split(two_corpora, name, expected):
@@ -246,10 +272,9 @@ def test_names_are_split(two_corpora, name, expected):
 
 @pytest.mark.parametrize("corpus", ["shop", "shop_large"])
 def test_every_name_of_a_corpus_is_read_back(two_corpora, corpus):
-    names = specs.names_for(corpus)
+    names = specs.names_for(corpus, rated=False)
     assert len(set(names)) == len(names)
-    parts = [specs.split_name(name, two_corpora) for name in names]
-    assert [f"{part[0]}_{specs.with_format(*part[1:])}" for part in parts] == names
+    assert [str(specs.split_name(name, two_corpora)) for name in names] == names
 
 
 @pytest.mark.parametrize(
@@ -257,6 +282,11 @@ def test_every_name_of_a_corpus_is_read_back(two_corpora, corpus):
     [
         ("shop_retrival", "of corpus 'shop'. Did you mean 'shop_retrieval'"),
         ("shop_large_ratng", "Unknown task 'shop_large_ratng' of corpus 'shop_large'"),
+        ("shop_large_rating_aligned", "Corpus 'shop_large' has no ratings"),
+        ("shop.shop_large_mim_token", "can't be mixed in format 'token'.*Use 'shop.shop_large_mim'"),
+        ("shop.shpo_mim", "Unknown task"),
+        ("shpo.shop_mim", "no corpus 'shpo' in .* Did you mean 'shop'"),
+        ("shop.shop_mim", "names a corpus twice"),
         ("shpo_retrieval", "Did you mean 'shop_retrieval'.*Prepared: shop, shop_large"),
     ],
 )

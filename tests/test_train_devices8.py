@@ -12,6 +12,7 @@ from recalign_jax.training.input_pipeline import InputOptions
 from recalign_jax.training.optimizer import make_optimizer
 from recalign_jax.training.train import TrainOptions, train
 from seqio_tasks import specs
+from seqio_tasks.components import CorpusTask
 
 pytestmark = pytest.mark.devices8
 
@@ -20,7 +21,7 @@ STEPS = 4
 
 def losses(model_dir, mesh, corpus, words, optimizer) -> list[float]:
     components = [
-        (specs.make_spec(corpus, family, "token", words, specs.TaskOptions()), rate)
+        (CorpusTask(specs.make_spec(corpus, family, "token", words, specs.TaskOptions())), rate)
         for family, rate in (("retrieval", 0.8), ("mim", 0.2))
     ]
     config = T5Config(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from recalign_jax.corpus.corpus import Corpus
-from seqio_tasks.samples import Query, Ranked, Recommend
+from seqio_tasks.examples import Query, Ranked, Recommend
 
 
 def recommender(corpus: Corpus, top_k: int = 10, batch_size: int = 1024) -> Recommend:

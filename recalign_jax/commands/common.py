@@ -10,7 +10,7 @@ from recalign_jax.errors import InputError
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
 from recalign_jax.recommender import DecodingOptions, make_recommender
-from seqio_tasks.samples import Recommend
+from seqio_tasks.examples import Recommend
 from seqio_tasks.specs import TaskSpec
 
 ROW_MULTIPLE = 128  # embedding rows come in multiples of this, for the matrix units and for sharding
@@ -80,7 +80,14 @@ def _check_trained_for(spec: TaskSpec, checkpoint_path: str) -> None:
             f"Checkpoint {checkpoint_path} was trained with items as {' and '.join(sorted(formats))}, "
             f"but {spec.name} has them as {item_format}."
         )
-    if trained.get(f"catalog {spec.corpus.name} {item_format}") != spec.catalog.fingerprint:
+    extended = {extension["before"]["fingerprint"] for extension in spec.corpus.metadata.get("extensions", [])}
+    if trained.get(f"corpus {spec.corpus.name}") in extended:
+        if item_format == "token":
+            raise InputError(
+                f"Checkpoint {checkpoint_path} was trained before {spec.corpus.name} was extended: it has no tokens "
+                f"for the new items. Train on from it with --gin.INITIAL_CHECKPOINT={checkpoint_path}."
+            )
+    elif trained.get(f"catalog {spec.corpus.name} {item_format}") != spec.catalog.fingerprint:
         where = f"another catalogue than that of {spec.corpus.directory}"
         if item_format == "token":
             raise InputError(f"Checkpoint {checkpoint_path} was trained on {where}: its item tokens are other items.")

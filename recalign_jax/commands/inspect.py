@@ -10,7 +10,7 @@ from recalign_jax import terminal
 from recalign_jax.corpus.corpus import VOCABULARIES, Corpus, data_dir_or_default, load_corpus
 from recalign_jax.corpus.statistics import statistics
 from recalign_jax.errors import InputError
-from seqio_tasks import samples, specs
+from seqio_tasks import examples, samples, specs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="SentencePiece model for --task (default: $RECALIGN_VOCABULARY, then the newest of recalign vocab)",
     )
-    parser.add_argument("--split", default="train", choices=samples.SPLITS)
+    parser.add_argument("--split", default="train", choices=examples.SPLITS)
     parser.add_argument("-n", type=int, default=3, help="how many samples")
     parser.add_argument("--seed", type=int, default=0, help="of the choice and the random parts of the samples")
 
@@ -42,8 +42,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         terminal.say(f"\n[{spec.name}, {args.split} example {index}]")
         terminal.say(f"inputs ({len(sample.inputs)} tokens): {texts['inputs']}")
         terminal.say(f"targets ({len(sample.targets)} tokens): {texts['targets']}")
-    terminal.say(f"\n{count} {args.split} examples in all.")
-    return {"samples": found, "examples": count}
+    shared = spec.catalog.num_collisions
+    terminal.say(f"\n{count} {args.split} examples in all; {shared} items share their tokens with another item.")
+    return {"samples": found, "examples": count, "collisions": shared}
 
 
 def _vocabulary(args: argparse.Namespace) -> str:

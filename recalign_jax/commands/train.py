@@ -2,6 +2,9 @@
 
 import argparse
 import functools
+import importlib
+import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +15,7 @@ from recalign_jax import gin_config, partitioning, terminal
 from recalign_jax.checkpoint.initial import load_initial
 from recalign_jax.commands.common import fingerprints, model_config
 from recalign_jax.corpus.corpus import data_dir_or_default
+from recalign_jax.errors import InputError
 from recalign_jax.evaluation import retrieval
 from recalign_jax.evaluation.retrieval import RetrievalOptions
 from recalign_jax.model import t5
@@ -19,7 +23,10 @@ from recalign_jax.recommender import DecodingOptions, make_recommender
 from recalign_jax.training.input_pipeline import InputOptions
 from recalign_jax.training.optimizer import make_optimizer
 from recalign_jax.training.train import Evaluator, TrainOptions, train
+from seqio_tasks import components as task_components
 from seqio_tasks import specs
+from seqio_tasks import vocabulary as vocabularies
+from seqio_tasks.components import CorpusTask
 from seqio_tasks.specs import TaskSpec
 
 USES_GIN = True
@@ -49,16 +56,18 @@ def train_command(
     data_dir: str | None,
     model_dir: str | None = None,
     mixture_or_task_name: str | None = None,
+    mixture_or_task_module: str | None = None,
     vocabulary: str | None = None,
     initial_checkpoint: str | None = None,
     evaluate_retrieval: bool = True,
 ) -> dict[str, Any]:
-    """Registers the tasks of a corpus with SeqIO, puts the parts of a run together, and trains.
+    """Registers tasks with SeqIO, puts the parts of a run together, and trains.
 
     Args:
       data_dir: where corpora are.
       model_dir: MODEL_DIR.
       mixture_or_task_name: what to train on, by its name in the SeqIO registry.
+      mixture_or_task_module: a Python module to import first, that registers tasks of its own.
       vocabulary: path of a SentencePiece model.
       initial_checkpoint: what a new run starts from, see `load_initial`; None starts from random parameters.
       evaluate_retrieval: whether retrieval on the validation split is among the evaluations.
@@ -68,25 +77,17 @@ def train_command(
     )
     model_dir = gin_config.required("MODEL_DIR", model_dir, "DIR")
     vocabulary = gin_config.required("VOCABULARY", vocabulary, "PATH")
-    corpus, base, item_format = specs.split_name(mixture_or_task_name, data_dir)
-    mixture_or_task_name = f"{corpus}_{specs.with_format(base, item_format)}"  # of the default format without suffix
+    mixture_or_task_name = register(mixture_or_task_name, mixture_or_task_module, vocabulary, data_dir)
 
-    import seqio_tasks
-    from seqio_tasks import tasks
-
-    seqio_tasks.register(str(data_dir_or_default(data_dir) / corpus), vocabulary)
-    components = tasks.components(mixture_or_task_name)
-    task_specs = [spec for spec, _ in components]
-
-    options = TrainOptions(model_dir=model_dir)
+    options, input_options = TrainOptions(model_dir=model_dir), InputOptions()
+    components = task_components.components(mixture_or_task_name, input_options.task_feature_lengths)
+    task_specs = [component.spec for component, _ in components if isinstance(component, CorpusTask)]
     mesh = partitioning.make_mesh(options.mesh)
-    input_options = InputOptions()
     partitioning.check_batch_size("BATCH_SIZE", input_options.batch_size, mesh)
-    config = model_config(max(spec.num_tokens for spec in task_specs), mesh.shape["model"])
+    config = model_config(max(component.num_tokens for component, _ in components), mesh.shape["model"])
     evaluators = []
     if evaluate_retrieval and options.eval_period:
-        [(held_out, _)] = tasks.components(f"{corpus}_{specs.with_format('retrieval', item_format)}")
-        evaluators.append(retrieval_evaluator(held_out, config, mesh))
+        evaluators = [retrieval_evaluator(spec, config, mesh, prefix) for spec, prefix in evaluated(task_specs)]
     initial_params = None
     if initial_checkpoint is not None:
         initial_params = functools.partial(load_initial, initial_checkpoint, config, options.seed)
@@ -98,9 +99,46 @@ def train_command(
         mesh,
         components,
         evaluators,
-        identity=run_identity(task_specs),
+        identity=run_identity(task_specs) | {"vocabulary": vocabularies.load(vocabulary).fingerprint},
         initial_params=initial_params,
     )
+
+
+def register(name: str, module: str | None, vocabulary: str, data_dir: str | None) -> str:
+    """Registers what a run trains on and returns its name as SeqIO has it (of the default format without suffix).
+
+    A task or mixture of prepared corpora is known by its name. Any other comes from a module, which is imported and
+    may call `seqio_tasks.register()` for all corpora of the data directory.
+
+    Raises:
+      InputError: when there is no such task, or the module can't be imported.
+    """
+    import seqio_tasks
+    from seqio_tasks import tasks
+
+    root = data_dir_or_default(data_dir)
+    if module is None:
+        parts = specs.split_name(name, data_dir)
+        for corpus in parts.corpora:
+            seqio_tasks.register(str(root / corpus), vocabulary)
+        return tasks.register_joint(parts) if len(parts.corpora) > 1 else str(parts)
+    os.environ["RECALIGN_DATA_DIR"], os.environ["RECALIGN_VOCABULARY"] = str(root), vocabulary
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where a user's own module lies
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise InputError(f"MIXTURE_OR_TASK_MODULE {module!r} can't be imported: {error}. It is looked for in the "
+                         "current folder and on PYTHONPATH.") from None  # fmt: skip
+    return name
+
+
+def evaluated(task_specs: list[TaskSpec]) -> Iterator[tuple[TaskSpec, str]]:
+    """The retrieval task of every corpus and item format in the mixture, and what its figures' names begin with."""
+    found = {(spec.corpus.name, spec.catalog.item_format): spec for spec in task_specs}
+    for (corpus, item_format), spec in found.items():
+        prefix = "validation_" if len(found) == 1 else f"validation_{specs.with_format(corpus, item_format)}_"
+        yield specs.make_spec(spec.corpus, "retrieval", item_format, spec.vocabulary, spec.options), prefix
 
 
 def run_identity(task_specs: list[TaskSpec]) -> dict[str, str]:
@@ -112,7 +150,7 @@ def run_identity(task_specs: list[TaskSpec]) -> dict[str, str]:
     return {name: value for name, value in values.items() if name not in may_change} | fingerprints(task_specs)
 
 
-def retrieval_evaluator(spec: TaskSpec, config: Any, mesh: jax.sharding.Mesh) -> Evaluator:
+def retrieval_evaluator(spec: TaskSpec, config: Any, mesh: jax.sharding.Mesh, prefix: str) -> Evaluator:
     """Retrieval on the validation split, as an evaluator for the train loop."""
     options, decoding = RetrievalOptions(), DecodingOptions()
     partitioning.check_batch_size("EVAL_BATCH_SIZE", decoding.batch_size, mesh)
@@ -121,6 +159,6 @@ def retrieval_evaluator(spec: TaskSpec, config: Any, mesh: jax.sharding.Mesh) ->
 
     def evaluator(params: Any) -> Iterator[tuple[str, float]]:
         for name, value in retrieval.evaluate(with_params(params), queries, options).items():
-            yield f"validation_{name}", value
+            yield prefix + name, value
 
     return evaluator

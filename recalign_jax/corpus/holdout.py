@@ -11,6 +11,7 @@ import numpy as np
 from recalign_jax import errors
 
 MIN_INTERACTIONS = 3
+RANDOM_PARTS = ("train", "validation", "test")
 _FROM_END = {"validation": 2, "test": 1}
 
 
@@ -29,3 +30,16 @@ def target_positions(lengths: np.ndarray, split: str) -> np.ndarray:
     if split not in _FROM_END:
         raise errors.InputError(f"No split {split!r} holds targets; there are validation and test.")
     return lengths - _FROM_END[split]
+
+
+def random_parts(num_interactions: int, seed: int = 0) -> np.ndarray:
+    """Returns the part of each interaction in a seeded random 8:1:1 split: uint8 [N], a position in RANDOM_PARTS.
+
+    The usual protocol of rating prediction. It cuts across leave-one-out, so no mixture may hold both.
+    """
+    order = np.random.default_rng([seed, 811]).permutation(num_interactions)
+    parts = np.zeros(num_interactions, np.uint8)
+    tenth = num_interactions // 10
+    parts[order[:tenth]] = 1
+    parts[order[tenth : 2 * tenth]] = 2
+    return parts

@@ -13,8 +13,8 @@ import numpy as np
 from recalign_jax import metrics, terminal
 from recalign_jax.corpus.corpus import Corpus
 from recalign_jax.errors import InputError
-from seqio_tasks import samples
-from seqio_tasks.samples import Query, Recommend
+from seqio_tasks import examples
+from seqio_tasks.examples import Query, Recommend
 
 KS = (5, 10)
 
@@ -47,7 +47,7 @@ def evaluation_queries(corpus: Corpus, split: str, max_users: int | None = None)
     if count == 0:
         raise InputError(f"Corpus {corpus.name} has no user with three interactions: nothing can be held out.")
     count = min(count, max_users or count)
-    return [samples.retrieval_query(corpus, split, index) for index in range(count)]
+    return [examples.next_item(corpus, split, index) for index in range(count)]
 
 
 def evaluate(recommend: Recommend, queries: Sequence[Query], options: RetrievalOptions) -> dict[str, float]:

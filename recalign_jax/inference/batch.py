@@ -9,8 +9,8 @@ import numpy as np
 from recalign_jax import terminal
 from recalign_jax.corpus.corpus import Corpus
 from recalign_jax.files import atomic_file
-from seqio_tasks import samples
-from seqio_tasks.samples import Query, Recommend
+from seqio_tasks import examples
+from seqio_tasks.examples import Query, Recommend
 
 OUTPUT_FILE = "recommendations.jsonl"
 SPLITS = ("test", "validation", "all")
@@ -23,7 +23,7 @@ def user_queries(corpus: Corpus, split: str, max_users: int | None = None) -> li
     users = users[:max_users]
     if split == "all":
         return [Query(int(user), corpus.sequence(user), -1) for user in users]
-    return [samples.retrieval_query(corpus, split, index) for index in range(len(users))]
+    return [examples.next_item(corpus, split, index) for index in range(len(users))]
 
 
 def write_recommendations(

@@ -19,8 +19,8 @@ from absl import flags
 
 from recalign_jax.errors import InputError
 from recalign_jax.training import packing
-from seqio_tasks import samples
-from seqio_tasks.specs import TaskSpec
+from seqio_tasks.components import Component
+from seqio_tasks.writing import Limits
 
 Batch = dict[str, np.ndarray]
 
@@ -55,14 +55,14 @@ class InputOptions:
 class Stream:
     """An endless stream of samples: tasks in their proportions, each shuffled anew every epoch."""
 
-    specs: tuple[TaskSpec, ...]
+    tasks: tuple[Component, ...]
     rates: tuple[float, ...]
     split: str
     seed: int
     options: InputOptions
 
 
-def make_stream(components: Sequence[tuple[TaskSpec, float]], split: str, seed: int, options: InputOptions) -> Stream:
+def make_stream(components: Sequence[tuple[Component, float]], split: str, seed: int, options: InputOptions) -> Stream:
     """Checks that the samples fit the rows, and puts the largest task first.
 
     Raises:
@@ -80,17 +80,16 @@ def make_stream(components: Sequence[tuple[TaskSpec, float]], split: str, seed: 
     if options.window < smallest:
         raise InputError(f"A window of {options.window} samples is too small for {len(components)} tasks.")
     ordered = sorted(components, key=lambda component: -component[1])
-    for spec, _ in ordered:
-        if samples.num_examples(spec, split) == 0:
-            raise InputError(f"Task {spec.name} has no {split} examples: its users have too few interactions.")
-        shortest = samples.shortest_row(spec)
-        for feature, needed in shortest.items():
+    for task, _ in ordered:
+        if task.num_examples(split) == 0:
+            raise InputError(f"Task {task.name} has no {split} examples (users may have too few interactions).")
+        for feature, needed in task.shortest_row().items():
             if lengths[feature] < needed:
                 raise InputError(
-                    f"TASK_FEATURE_LENGTHS {feature}={lengths[feature]} is too short for {spec.name}: "
+                    f"TASK_FEATURE_LENGTHS {feature}={lengths[feature]} is too short for {task.name}: "
                     f"one item and the question may need {needed}."
                 )
-    return Stream(tuple(s for s, _ in ordered), tuple(r for _, r in ordered), split, seed, options)
+    return Stream(tuple(t for t, _ in ordered), tuple(r for _, r in ordered), split, seed, options)
 
 
 def counts_before(rates: Sequence[float], n: int) -> np.ndarray:
@@ -115,11 +114,12 @@ def addresses(stream: Stream, window: int) -> list[tuple[int, int, int]]:
     size = stream.options.window
     first, last = counts_before(stream.rates, window * size), counts_before(stream.rates, (window + 1) * size)
     found = []
-    for task, spec in enumerate(stream.specs):
-        count = samples.num_examples(spec, stream.split)
+    for number, task in enumerate(stream.tasks):
+        count = task.num_examples(stream.split)
         # By name, so that tasks with equally many examples don't share their orders.
-        shuffled = _shuffled(count, zlib.crc32(f"{stream.seed} {spec.name}".encode()))
-        found += [(task, position // count, shuffled[position]) for position in range(first[task], last[task])]
+        shuffled = _shuffled(count, zlib.crc32(f"{stream.seed} {task.name}".encode()))
+        positions = range(first[number], last[number])
+        found += [(number, position // count, shuffled[position]) for position in positions]
     return found
 
 
@@ -127,11 +127,10 @@ def pack_window(stream: Stream, window: int) -> Batch:
     """Renders and packs one window; its rows stand in a seeded random order."""
     options = stream.options
     lengths = options.task_feature_lengths
-    limits = samples.Limits(**lengths)
+    limits = Limits(**lengths)
     where = addresses(stream, window)
     rendered = [
-        samples.render(stream.specs[task], stream.split, index, epoch, stream.seed, limits)
-        for task, epoch, index in where
+        stream.tasks[task].render(stream.split, index, epoch, stream.seed, limits) for task, epoch, index in where
     ]
     rows = packing.pack(
         [sample.inputs for sample in rendered],

@@ -25,7 +25,7 @@ from recalign_jax.training import input_pipeline, log
 from recalign_jax.training.input_pipeline import InputOptions
 from recalign_jax.training.optimizer import state_specs
 from recalign_jax.training.step import TrainState, make_eval_step, make_train_step
-from seqio_tasks.specs import TaskSpec
+from seqio_tasks.components import Component
 
 VALIDATION_BATCHES, VALIDATION_WINDOW = 8, 256
 
@@ -67,7 +67,7 @@ def train(
     config: T5Config,
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
-    components: Sequence[tuple[TaskSpec, float]],
+    components: Sequence[tuple[Component, float]],
     evaluators: Sequence[Evaluator],
     identity: dict[str, Any],
     initial_params: Callable[[Any], Any] | None = None,
@@ -142,7 +142,7 @@ def train(
     )
 
     # ---------------------------------------------------------------- the compiled steps
-    num_tasks = len(stream.specs)
+    num_tasks = len(stream.tasks)
     train_step = jax.jit(
         make_train_step(graphdef, optimizer, options.z_loss, num_tasks, options.seed),
         in_shardings=(shardings, batch_sharding),
@@ -156,7 +156,7 @@ def train(
     with atomic_file(model_dir / "config.gin") as aside:
         aside.write_text(gin.operative_config_str(), encoding="utf-8")
     run_log = log.RunLog(options.model_dir, first_step)
-    names = [spec.name for spec in stream.specs]
+    names = [task.name for task in stream.tasks]
     sums, speed = None, _Speed()
     with terminal.progress("train", options.train_steps, "steps", done=first_step) as advance:
         for step in range(first_step + 1, options.train_steps + 1):

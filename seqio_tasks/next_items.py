@@ -1,0 +1,92 @@
+"""Retrieval, ranking, BPR and rating: what a user did after a history."""
+
+import numpy as np
+
+from recalign_jax.corpus import candidates
+from seqio_tasks import examples, writing
+from seqio_tasks.specs import TaskSpec
+from seqio_tasks.vocabulary import EOS_ID
+from seqio_tasks.writing import Limits, Sample
+
+
+def num_next(spec: TaskSpec, split: str) -> int:
+    return examples.num_next_items(spec.corpus, split, spec.options.prefix_augmentation)
+
+
+def retrieval(spec: TaskSpec, split: str, index: int, random: np.random.Generator, limits: Limits) -> Sample:
+    query = examples.next_item(spec.corpus, split, index, spec.options.prefix_augmentation)
+    wording = writing.draw_wording(spec, split, random)
+    inputs = writing.history_prompt(spec, wording, query.history, query.user, limits.inputs)
+    return Sample(inputs, writing.target(spec, [query.target]))
+
+
+def choice(spec: TaskSpec, split: str, index: int, random: np.random.Generator, limits: Limits) -> Sample:
+    """The next item among candidates; the target is that item. BPR has one candidate beside it."""
+    corpus, options = spec.corpus, spec.options
+    query = examples.next_item(corpus, split, index, options.prefix_augmentation)
+    wording = writing.draw_wording(spec, split, random)
+    history = writing.displays(spec, query.history)
+    others = writing.neighbours(spec, query.history, query.user)
+
+    def write(items: np.ndarray) -> tuple[np.ndarray, int]:
+        shown = [spec.displays.of(item) for item in items]
+        return writing.prompt(spec, wording, history, limits.inputs, candidates=shown, neighbours=others)
+
+    if split == "train":
+        met = corpus.training_sequence(query.user)
+        count = 1 if spec.family == "bpr" else options.ranking_candidates - 1
+        found = candidates.negatives(corpus, query.target, met, count, random, options.negatives)
+        chosen = np.append(np.int32(query.target), found)
+        _, fitting = write(chosen)
+        chosen = random.permutation(chosen[: max(fitting, 1)])
+    else:
+        count = 1 if spec.family == "bpr" else options.test_negatives
+        chosen = candidates.held_out_candidates(corpus, split, query.user, query.target, count, options.candidate_seed)
+    inputs, _ = write(chosen)
+    return Sample(inputs, writing.target(spec, [query.target]))
+
+
+def shortest_retrieval(spec: TaskSpec) -> dict[str, int]:
+    return {"inputs": writing.question_size(spec) + spec.displays.longest, "targets": int(spec.catalog.lengths.max())}
+
+
+def shortest_choice(spec: TaskSpec) -> dict[str, int]:
+    two = 2 * spec.displays.longest + len(writing.words_of(spec).separator)
+    return {
+        "inputs": writing.question_size(spec) + spec.displays.longest + two,
+        "targets": int(spec.catalog.lengths.max()),
+    }
+
+
+def num_rating(spec: TaskSpec, split: str) -> int:
+    if spec.family == "rating_random":
+        return len(examples.random_part(spec.corpus, split))
+    return num_next(spec, split)
+
+
+def rating(spec: TaskSpec, split: str, index: int, random: np.random.Generator, limits: Limits) -> Sample:
+    """The rating of an item after a history of rated items; the target is the number as text."""
+    if spec.family == "rating_random":
+        query = examples.random_rating(spec.corpus, split, index)
+    else:
+        query = examples.next_rating(spec.corpus, split, index, spec.options.prefix_augmentation)
+    words = spec.vocabulary
+    history = writing.displays(spec, query.history)
+    if spec.options.rating_history:
+        ratings = query.ratings[-len(history) :].tolist() if history else []
+        history = [
+            np.concatenate([item, writing.rated(words), writing.rating_tokens(words, rating)])
+            for item, rating in zip(history, ratings, strict=True)
+        ]
+    asked = spec.displays.of(query.target)
+    inputs, _ = writing.prompt(spec, writing.draw_wording(spec, split, random), history, limits.inputs, item=asked)
+    return Sample(inputs, np.append(writing.rating_tokens(words, query.rating), np.int32(EOS_ID)))
+
+
+def shortest_rating(spec: TaskSpec) -> dict[str, int]:
+    assert spec.corpus.ratings is not None
+    value = max(
+        len(writing.rating_tokens(spec.vocabulary, rating)) for rating in np.unique(spec.corpus.ratings).tolist()
+    )
+    item = spec.displays.longest + len(writing.rated(spec.vocabulary)) + value
+    return {"inputs": writing.question_size(spec) + item + spec.displays.longest, "targets": value + 1}

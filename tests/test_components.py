@@ -1,0 +1,120 @@
+"""Tasks that are SeqIO's own: the example in docs/add_a_task.md, as it stands there, trains and resumes."""
+
+import json
+import pathlib
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+
+from recalign_jax import cli
+from recalign_jax.errors import InputError
+from recalign_jax.training import input_pipeline
+from recalign_jax.training.input_pipeline import InputOptions
+from seqio_tasks.components import CorpusTask, SeqioTask, components
+from seqio_tasks.writing import Limits
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+LENGTHS = {"inputs": 128, "targets": 48}
+
+
+@pytest.fixture(scope="module")
+def example(shop_corpus, shop_words, tmp_path_factory):
+    """Trains four steps on the documented module, over the shop instead of MovieLens: (data folder, run)."""
+    folder = tmp_path_factory.mktemp("add_a_task")
+    text = (ROOT / "docs/add_a_task.md").read_text(encoding="utf-8")
+    [module] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (folder / "my_tasks.py").write_text(module.replace('CORPUS = "movielens"', 'CORPUS = "shop"'))
+    [command] = re.findall(r"```bash\nrecalign (.*?)```", text, re.DOTALL)
+    data = folder / "data"
+    shutil.copytree(shop_corpus.directory, data / "shop")
+    places = {"movielens": "shop", "PATH": shop_words.path, "DIR": str(folder / "run")}
+    arguments = re.sub(r"movielens|PATH|DIR", lambda m: places.get(m[0], m[0]), command.replace("MODEL_DIR", "MODEL@"))
+    arguments = arguments.replace("MODEL@", "MODEL_DIR").replace("\\\n", " ").split()
+    arguments[0:1] = ["train", "--data_dir", str(data)]
+    arguments += ["--gin.BATCH_SIZE=4", "--gin.LOG_PERIOD=1", "--gin.EVAL_PERIOD=4", "--gin.CHECKPOINT_PERIOD=2"]
+    lengths = str(LENGTHS).replace(" ", "")
+    arguments += [f"--gin.TASK_FEATURE_LENGTHS={lengths}", "--gin.MAX_EVAL_USERS=4", "--gin.NUM_BEAMS=2"]
+    sys.path.insert(0, str(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECALIGN_DATA_DIR", "")
+        patch.setenv("RECALIGN_VOCABULARY", "")
+        assert cli.main([*arguments, "--gin.TRAIN_STEPS=2"]) == 0
+        assert cli.main([*arguments, "--gin.TRAIN_STEPS=4"]) == 0  # goes on
+        yield folder / "run"
+    sys.path.remove(str(folder))
+
+
+def test_the_documented_example_trains_and_resumes(example):
+    records = [json.loads(line) for line in (example / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert any(np.isfinite(record.get("loss/shop_order", np.nan)) for record in records)
+    assert np.isfinite(records[-1]["validation_loss/shop_order"])
+    assert "validation_recall@10" in records[-1]
+
+
+def test_its_samples_are_those_of_seqio_by_index_and_differ_between_epochs(example):
+    found = {task.name: (task, rate) for task, rate in components("shop_retrieval_and_order", LENGTHS)}
+    assert {name: type(task) for name, (task, _) in found.items()} == {
+        "shop_retrieval": CorpusTask,
+        "shop_order": SeqioTask,
+    }
+    task, _ = found["shop_order"]
+    counts = {name: task.num_examples("train") for name, (task, _) in found.items()}
+    assert counts["shop_order"] == sum(n >= 4 for n in found["shop_retrieval"][0].spec.corpus.lengths)
+    limits = Limits(**LENGTHS)
+    first = [task.render("train", index, 0, 7, limits) for index in range(counts["shop_order"])]
+    second = [task.render("train", index, 1, 7, limits) for index in range(counts["shop_order"])]
+    again = [task.render("train", index, 0, 7, limits) for index in range(counts["shop_order"])]
+    words = found["shop_retrieval"][0].spec.vocabulary
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one.inputs, other.inputs)
+    changed = 0
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one.targets, other.targets)
+        changed += one.inputs.tolist() != other.inputs.tolist()
+        assert words.decode(one.targets[:-1]) in words.decode(one.inputs)
+        assert one.inputs[-1] == one.targets[-1] == 1
+    assert 0 < changed < len(first)
+
+
+def test_workers_are_refused(example):
+    options = InputOptions(LENGTHS, batch_size=4, workers=1)
+    stream = input_pipeline.make_stream(components("shop_order", LENGTHS), "train", 0, options)
+    with pytest.raises(InputError, match="can't be read by worker processes"):
+        stream.tasks[0].__reduce__()
+
+
+def test_a_task_whose_features_are_no_tokens_is_an_input_error():
+    seqio.TaskRegistry.remove("floats")
+    seqio.TaskRegistry.add(
+        "floats",
+        source=seqio.FunctionDataSource(
+            lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensors({"inputs": [0.5], "targets": [0.5]}),
+            splits=["train"],
+            num_input_examples={"train": 1},
+        ),
+        output_features={
+            name: seqio.Feature(seqio.PassThroughVocabulary(9), add_eos=False, dtype=tf.float32)
+            for name in ("inputs", "targets")
+        },
+    )
+    [(task, _)] = components("floats", LENGTHS)
+    with pytest.raises(InputError, match="'floats': inputs must be token ids"):
+        task.num_examples("train")
+    assert task.num_examples("validation") == 0
+
+
+def test_a_module_that_is_not_there_is_an_input_error(shop_words, data_dir, tmp_path, capsys):
+    arguments = ("--gin_file", "gin_configs/models/t5_tiny.gin", "--gin_file", "gin_configs/runs/finetune.gin")
+    where = (f"--gin.VOCABULARY={shop_words.path}", f"--gin.MODEL_DIR={tmp_path / 'run'}")
+    task = ("--gin.MIXTURE_OR_TASK_MODULE=no_such_module", "--gin.MIXTURE_OR_TASK_NAME=x")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECALIGN_DATA_DIR", "")
+        patch.setenv("RECALIGN_VOCABULARY", "")
+        assert cli.main(["train", "--data_dir", str(data_dir), *arguments, *where, *task]) == 2
+    assert "MIXTURE_OR_TASK_MODULE 'no_such_module' can't be imported" in capsys.readouterr().err
