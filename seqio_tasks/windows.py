@@ -85,7 +85,8 @@ def mlm(spec: TaskSpec, split: str, index: int, random: np.random.Generator, lim
     items = [spec.displays.of(item) for item in window]
     room = limits.inputs - words.sizes["mlm"][wording]
     items = items[writing.num_dropped(words, [len(item) for item in items], room) :]
-    tokens = np.concatenate(writing.joined(words, items))
+    # Text, unlike an item that is to be known again, may be cut: of a newest item that alone is too long, the end.
+    tokens = np.concatenate(writing.joined(words, items))[:room]
     text, spans = corrupt_spans(
         tokens,
         spec.options.mlm_noise_density,
@@ -98,4 +99,4 @@ def mlm(spec: TaskSpec, split: str, index: int, random: np.random.Generator, lim
 
 
 def shortest_mlm(spec: TaskSpec) -> dict[str, int]:
-    return {"inputs": writing.question_size(spec) + spec.displays.longest, "targets": 3}
+    return {"inputs": writing.question_size(spec) + 1, "targets": 3}
