@@ -12,7 +12,7 @@ METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "recall@10_unfiltered")
 def main(model_file: str, popularity_file: str, recommendations_file: str) -> None:
     results = {
         name: json.loads(pathlib.Path(file).read_text(encoding="utf-8"))["retrieval"]
-        for name, file in (("T5, retrieval + MIM", model_file), ("popularity", popularity_file))
+        for name, file in (("T5, retrieval + MIM + MLM", model_file), ("popularity", popularity_file))
     }
     rows = [[name, *(f"{values[metric]:.4f}" for metric in METRICS)] for name, values in results.items()]
     users = results["popularity"]["users"]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a recommender on real data: sets up .venv, then prepares MovieLens-100K, trains a vocabulary and
-# a small T5 on retrieval + masked item modeling, evaluates it next to popularity, and writes recommendations.
+# a small T5 on retrieval + MIM + MLM, evaluates it next to popularity, and writes recommendations.
 #   ./launch/quickstart.sh [RUN_DIR]     (default: quickstart_run; a second call goes on where the first stopped)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -24,7 +24,7 @@ say "2/6 a vocabulary of 1,000 pieces"
 vocabulary="$run/data/vocabularies/movielens_1000.model"
 [ -e "$vocabulary" ] || recalign vocab --corpus movielens --size 1000 --output "$vocabulary"
 
-say "3/6 training a small T5: retrieval + masked item modeling"
+say "3/6 training a small T5: retrieval + MIM + MLM"
 recalign train --gin_file gin_configs/experiments/quickstart.gin \
   --gin.VOCABULARY="$vocabulary" --gin.MODEL_DIR="$run/model" --json | tee "$run/train.log"
 

@@ -70,7 +70,7 @@ def shop_corpus(data_dir, tmp_path_factory) -> Corpus:
 def shop_words(shop_corpus, data_dir) -> vocabulary.Vocabulary:
     """A vocabulary trained on the text of the shop."""
     path = data_dir / "shop.model"
-    path.write_bytes(vocab.train_vocabulary([*vocab.corpus_text(shop_corpus), *prompts.literals()], 150))
+    path.write_bytes(vocab.train_vocabulary([*vocab.corpus_text(shop_corpus)], 170, prompts.literals()))
     return vocabulary.load(str(path))
 
 
@@ -90,5 +90,5 @@ def movielens_corpus() -> Corpus:
 def movielens_words(movielens_corpus, data_dir) -> vocabulary.Vocabulary:
     """A vocabulary trained on the text of MovieLens."""
     path = data_dir / "movielens.model"
-    path.write_bytes(vocab.train_vocabulary([*vocab.corpus_text(movielens_corpus), *prompts.literals() * 100], 600))
+    path.write_bytes(vocab.train_vocabulary([*vocab.corpus_text(movielens_corpus)], 600, prompts.literals()))
     return vocabulary.load(str(path))

@@ -36,7 +36,7 @@ def example(shop_corpus, shop_words, tmp_path_factory):
     arguments = re.sub(r"movielens|PATH|DIR", lambda m: places.get(m[0], m[0]), command.replace("MODEL_DIR", "MODEL@"))
     arguments = arguments.replace("MODEL@", "MODEL_DIR").replace("\\\n", " ").split()
     arguments[0:1] = ["train", "--data_dir", str(data)]
-    arguments += ["--gin.BATCH_SIZE=4", "--gin.LOG_PERIOD=1", "--gin.EVAL_PERIOD=4", "--gin.CHECKPOINT_PERIOD=2"]
+    arguments += ["--gin.BATCH_SIZE=16", "--gin.LOG_PERIOD=1", "--gin.EVAL_PERIOD=4", "--gin.CHECKPOINT_PERIOD=2"]
     lengths = str(LENGTHS).replace(" ", "")
     arguments += [f"--gin.TASK_FEATURE_LENGTHS={lengths}", "--gin.MAX_EVAL_USERS=4", "--gin.NUM_BEAMS=2"]
     sys.path.insert(0, str(folder))

@@ -7,6 +7,7 @@ from recalign_jax.commands import vocab as vocab_command
 from recalign_jax.corpus import vocab
 from recalign_jax.corpus.corpus import load_corpus
 from recalign_jax.errors import InputError
+from seqio_tasks import prompts
 from tests.corpora import call, shared_corpus
 
 
@@ -47,14 +48,25 @@ def test_the_same_text_gives_the_same_vocabulary(trained, data_dir, tmp_path):
         assert one.read() == other.read()
 
 
-def test_extra_text_is_learnt(data_dir):
+def test_words_of_phrases_become_pieces(data_dir):
     titles = list(vocab.corpus_text(load_corpus("movielens_100k", data_dir)))
 
-    def pieces(texts):
-        model = sentencepiece.SentencePieceProcessor(model_proto=vocab.train_vocabulary(texts, 500))
-        return len(model.encode("zygomorphic recommendation"))
+    def pieces(phrases):
+        model = sentencepiece.SentencePieceProcessor(model_proto=vocab.train_vocabulary(titles, 500, phrases))
+        return model.encode("zygomorphic recommendation ?", out_type=str)
 
-    assert pieces([*titles, *["zygomorphic recommendation"] * 200]) < pieces(titles) / 2
+    assert pieces(["zygomorphic recommendation", "which ?"]) == ["▁zygomorphic", "▁recommendation", "▁?"]
+    assert len(pieces([])) > 10
+
+
+def test_every_word_of_the_prompts_is_a_piece(data_dir):
+    path = data_dir / "vocabularies" / "words.model"
+    call(vocab_command, data_dir, "--corpus", "movielens_100k", "--size", "1000", "--output", str(path))
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    words = {word for text in prompts.literals() for word in text.split()}
+    assert len(words) > 40
+    # Only brackets, which SentencePiece parts from letters, stand by themselves.
+    assert {word for word in words if model.encode(word, out_type=str) != [f"▁{word}"]} == {"[masked", "item]"}
 
 
 def test_sizes_that_cannot_be(data_dir):

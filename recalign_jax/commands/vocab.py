@@ -9,9 +9,6 @@ from recalign_jax.corpus.corpus import VOCABULARIES, data_dir_or_default, load_c
 from recalign_jax.corpus.vocab import corpus_text, train_vocabulary
 from seqio_tasks import prompts
 
-# The words of the prompts stand in every sample, so they must become pieces of their own.
-PROMPT_WEIGHT = 1000
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the command."""
@@ -28,7 +25,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     default = data_dir_or_default(args.data_dir) / VOCABULARIES / f"{corpus.name}_{args.size}.model"
     path = pathlib.Path(args.output).expanduser() if args.output else default
     terminal.say(f"Training a vocabulary of {args.size:,} pieces on {corpus.num_items:,} items ...")
-    model = train_vocabulary([*corpus_text(corpus), *prompts.literals() * PROMPT_WEIGHT], args.size)
+    model = train_vocabulary([*corpus_text(corpus)], args.size, prompts.literals())
     with files.atomic_file(path) as aside:
         aside.write_bytes(model)
     terminal.say(f"Written to {path}. Next: recalign train ... --gin.VOCABULARY={path}")

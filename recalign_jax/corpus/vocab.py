@@ -16,6 +16,7 @@ from recalign_jax.corpus.corpus import Corpus
 # Prompts and numbers that the corpus lacks must not become unknown tokens.
 _ALWAYS = string.ascii_letters + string.digits + string.punctuation
 _MAX_TEXT_BYTES = 65_536
+_PHRASE_WEIGHT = 1000
 
 
 def corpus_text(corpus: Corpus) -> Iterator[str]:
@@ -25,18 +26,25 @@ def corpus_text(corpus: Corpus) -> Iterator[str]:
         yield from filter(None, (text.title, text.brand, *text.categories))
 
 
-def train_vocabulary(texts: Sequence[str], size: int) -> bytes:
-    """Returns a serialized SentencePiece unigram model with `size` pieces.
+def train_vocabulary(texts: Sequence[str], size: int, phrases: Sequence[str] = ()) -> bytes:
+    """Returns a serialized SentencePiece unigram model.
+
+    Args:
+      texts: what it is trained on.
+      size: number of pieces.
+      phrases: as prompts, which stand in every sample: every word of them should become a piece.
 
     Raises:
       InputError: the size is more than the text can give, or too small for its characters.
     """
     import sentencepiece
 
+    # A string is considered as a piece only if two different words hold it, however often one occurs.
+    held_twice = [" ".join(f"{word}." for word in phrase.split()) for phrase in phrases]
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
+            sentence_iterator=iter([*texts, *list(phrases) * _PHRASE_WEIGHT, *held_twice]),
             model_writer=model,
             vocab_size=size,
             model_type="unigram",
