@@ -13,9 +13,10 @@ import time
 
 import numpy as np
 
+from recalign_jax.corpus.corpus import data_dir_or_default
 from recalign_jax.training import input_pipeline
 from recalign_jax.training.input_pipeline import InputOptions
-from seqio_tasks import components, specs
+from seqio_tasks import components, task_names
 from seqio_tasks.tasks import register
 
 
@@ -29,8 +30,8 @@ def main() -> None:
     parser.add_argument("--targets", type=int, default=128)
     parser.add_argument("--windows", type=int, default=8)
     args = parser.parse_args()
-    name = specs.split_name(f"{args.corpus}_{args.mixture}", args.data_dir)
-    register(str(specs.data_dir_or_default(args.data_dir) / args.corpus), args.vocabulary)
+    name = task_names.split_name(f"{args.corpus}_{args.mixture}", args.data_dir)
+    register(str(data_dir_or_default(args.data_dir) / args.corpus), args.vocabulary)
     options = InputOptions(task_feature_lengths={"inputs": args.inputs, "targets": args.targets})
     stream = input_pipeline.make_stream(components.components(str(name)), "train", 0, options)
     input_pipeline.pack_window(stream, 0)  # fills the caches: the catalogue's tokens, the words

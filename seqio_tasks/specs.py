@@ -1,37 +1,20 @@
-"""What a task is made of, and how its name is read. Needs neither SeqIO nor TensorFlow.
-
-A task's name is CORPUS_FAMILY[_FORMAT], as `amazon_beauty_retrieval` or `amazon_beauty_mim_token`; a
-mixture's is CORPUS_FAMILY_aligned[_FORMAT] or CORPUS_all[_FORMAT]. Of several corpora, joined by dots, every family
-and mixture is a mixture, as `amazon_beauty.amazon_toys_retrieval_aligned`.
-"""
+"""What a task is made of: its corpus, catalogue, vocabulary and options. Needs neither SeqIO nor TensorFlow."""
 
 import dataclasses
 import functools
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import gin
 
 from recalign_jax.corpus.candidates import NEGATIVES, NUM_TEST_NEGATIVES
-from recalign_jax.corpus.catalog import FIELDS, ITEM_FORMATS, Catalog, Pieces, build_catalog, item_pieces
-from recalign_jax.corpus.corpus import Corpus, corpora, data_dir_or_default, is_rated, load_corpus
+from recalign_jax.corpus.catalog import FIELDS, Catalog, Pieces, build_catalog, item_pieces
+from recalign_jax.corpus.corpus import Corpus, load_corpus
 from recalign_jax.errors import InputError, did_you_mean
 from seqio_tasks import prompts, vocabulary
+from seqio_tasks.task_names import MIXTURES, RATED_FAMILIES, TaskName, split_name, with_format
 from seqio_tasks.vocabulary import Vocabulary
 
-DEFAULT_FORMAT = "title"
-# Of several corpora, other formats would give different items the same number.
-JOINT_FORMATS = ("title",)
-FAMILIES = ("retrieval", "ranking", "rating", "rating_random", "mim", "mlm", "bpr")
-RATED_FAMILIES = ("rating", "rating_random")
-# mixture -> the families in it; those that a corpus can't give are left out of `all`.
-MIXTURES = {
-    "retrieval_aligned": ("retrieval", "mim", "mlm"),
-    "ranking_aligned": ("ranking", "bpr"),
-    "rating_aligned": ("rating", "bpr"),
-    "all": ("retrieval", "ranking", "rating", "mim", "mlm", "bpr"),
-}
 MAX_RATING_VALUES = 100
 EVALUATION_WORDINGS = ("seen", "held_out")
 
@@ -122,7 +105,7 @@ class TaskSpec:
     """All that `samples.render` needs: a family over a corpus, in an item format, with a vocabulary.
 
     Attributes:
-      family: one of FAMILIES.
+      family: one of `task_names.FAMILIES`.
       corpus: the corpus.
       catalog: the items as targets.
       displays: the items as they stand in prompts.
@@ -139,7 +122,7 @@ class TaskSpec:
 
     @property
     def name(self) -> str:
-        return self.corpus.name + "_" + with_format(self.family, self.catalog.item_format)
+        return str(TaskName((self.corpus.name,), self.family, self.catalog.item_format))
 
     @property
     def num_tokens(self) -> int:
@@ -155,88 +138,6 @@ class TaskSpec:
     def wordings(self) -> str:
         """The family whose wordings this one has."""
         return "rating" if self.family == "rating_random" else self.family
-
-
-class TaskName(NamedTuple):
-    """A name, taken apart."""
-
-    corpora: tuple[str, ...]
-    base: str  # a family or a mixture
-    item_format: str
-
-    def __str__(self) -> str:
-        return f"{'.'.join(self.corpora)}_{with_format(self.base, self.item_format)}"
-
-    def of(self, corpus: str, base: str) -> str:
-        """The name of another family or mixture in the same format."""
-        return str(TaskName((corpus,), base, self.item_format))
-
-
-def with_format(name: str, item_format: str) -> str:
-    """Appends the item format to a task's name, unless it is the default."""
-    return name if item_format == DEFAULT_FORMAT else f"{name}_{item_format}"
-
-
-def families(rated: bool) -> tuple[str, ...]:
-    """The families that a corpus gives."""
-    return tuple(family for family in FAMILIES if rated or family not in RATED_FAMILIES)
-
-
-def mixtures(rated: bool) -> dict[str, tuple[str, ...]]:
-    """The mixtures that a corpus gives, and the families in each."""
-    given = families(rated)
-    found = {name: tuple(f for f in members if f in given) for name, members in MIXTURES.items()}
-    return {name: members for name, members in found.items() if rated or name != "rating_aligned"}
-
-
-def names_for(corpus: str, rated: bool) -> list[str]:
-    """Every task and mixture of a corpus."""
-    bases = (*families(rated), *mixtures(rated))
-    return [f"{corpus}_{with_format(base, item_format)}" for base in bases for item_format in ITEM_FORMATS]
-
-
-def split_name(name: str, data_dir: str | pathlib.Path | None) -> TaskName:
-    """Reads a task's or mixture's name.
-
-    Raises:
-      InputError: when no prepared corpus or no task has such a name.
-    """
-    root = data_dir_or_default(data_dir)
-    prepared = corpora(root)
-    *others, last = name.split(".")
-    for corpus in sorted(prepared, key=len, reverse=True):
-        if not last.startswith(corpus + "_"):
-            continue
-        for other in others:
-            if other not in prepared:
-                raise InputError(f"{name!r}: no corpus {other!r} in {root}.{did_you_mean(other, prepared)}")
-        rated = all(is_rated(root / part) for part in (*others, corpus))
-        for base in (*families(rated), *mixtures(rated)):
-            for item_format in ITEM_FORMATS:
-                if last in (f"{corpus}_{base}_{item_format}", f"{corpus}_{with_format(base, item_format)}"):
-                    return _checked(TaskName((*others, corpus), base, item_format))
-        if last.startswith(f"{corpus}_rating") and not rated:
-            raise InputError(
-                f"Corpus {corpus!r} has no ratings, so there is no {name!r}. Prepare it from interactions with a "
-                "rating column."
-            )
-        raise InputError(f"Unknown task {name!r} of corpus {corpus!r}.{did_you_mean(last, names_for(corpus, rated))}")
-    known = [task for corpus in prepared for task in names_for(corpus, is_rated(root / corpus))]
-    raise InputError(
-        f"Unknown task {name!r}: no prepared corpus in {root} begins its name."
-        f"{did_you_mean(name, known)} Prepared: {', '.join(prepared) or 'none (see recalign prepare)'}."
-    )
-
-
-def _checked(name: TaskName) -> TaskName:
-    if len(name.corpora) > 1 and name.item_format not in JOINT_FORMATS:
-        raise InputError(
-            f"Several corpora can't be mixed in format {name.item_format!r}: different items would have the same "
-            f"number. Use {str(name._replace(item_format=DEFAULT_FORMAT))!r}."
-        )
-    if len(set(name.corpora)) < len(name.corpora):
-        raise InputError(f"{str(name)!r} names a corpus twice.")
-    return name
 
 
 @functools.lru_cache(maxsize=8)

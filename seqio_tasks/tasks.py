@@ -13,9 +13,10 @@ from recalign_jax import terminal
 from recalign_jax.corpus.catalog import ITEM_FORMATS
 from recalign_jax.corpus.corpus import Corpus, corpora, data_dir_or_default, read_corpus
 from recalign_jax.errors import InputError
-from seqio_tasks import samples, scoring, specs, vocabulary, writing
+from seqio_tasks import samples, scoring, specs, task_names, vocabulary, writing
 from seqio_tasks.examples import SPLITS
-from seqio_tasks.specs import TaskName, TaskOptions, TaskSpec
+from seqio_tasks.specs import TaskOptions, TaskSpec
+from seqio_tasks.task_names import TaskName
 
 with terminal.quiet_libraries():
     import seqio
@@ -41,12 +42,19 @@ class ItemVocabulary(seqio.SentencePieceVocabulary):
         return self._spec.vocabulary.decode(ids)
 
     def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
-        # TensorFlow's tokenizer fails on ids that it doesn't know.
-        return super()._decode_tf(tf.where(ids < self._spec.vocabulary.num_tokens, ids, vocabulary.UNK_ID))
+        # TensorFlow's tokenizer fails on ids that it doesn't know, as item tokens.
+        def decode(rows: np.ndarray) -> np.ndarray:
+            texts = [self._decode(row) for row in rows.reshape(-1, rows.shape[-1]).tolist()]
+            return np.asarray([text.encode() for text in texts], object).reshape(rows.shape[:-1])
+
+        texts = tf.numpy_function(decode, [ids], tf.string)
+        texts.set_shape(ids.shape[:-1])
+        return texts
 
     def __eq__(self, other) -> bool:
-        return isinstance(other, ItemVocabulary) and (self._spec.vocabulary.fingerprint, self.vocab_size) == (
-            other._spec.vocabulary.fingerprint,
+        # A vocabulary of T5's without item tokens on top is SeqIO's own.
+        return isinstance(other, seqio.SentencePieceVocabulary) and (self.sp_model, self.vocab_size) == (
+            other.sp_model,
             other.vocab_size,
         )
 
@@ -131,7 +139,7 @@ def _register(corpus: Corpus, words: vocabulary.Vocabulary, options: TaskOptions
         rated = False
     names = []
     for item_format in ITEM_FORMATS:
-        for family in specs.families(rated):
+        for family in task_names.families(rated):
             spec = specs.make_spec(corpus, family, item_format, words, options)
             feature = seqio.Feature(ItemVocabulary(spec), add_eos=True, dtype=tf.int32)
             seqio.TaskRegistry.remove(spec.name)
@@ -145,7 +153,7 @@ def _register(corpus: Corpus, words: vocabulary.Vocabulary, options: TaskOptions
                 shuffle_buffer_size=None,
             )
             names.append(spec.name)
-        for base, members in specs.mixtures(rated).items():
+        for base, members in task_names.mixtures(rated).items():
             name = TaskName((corpus.name,), base, item_format)
             names.append(_add_mixture(str(name), [name.of(corpus.name, family) for family in members], options))
     return names
@@ -153,7 +161,7 @@ def _register(corpus: Corpus, words: vocabulary.Vocabulary, options: TaskOptions
 
 def register_joint(name: TaskName) -> str:
     """Registers a mixture over several corpora, all of which are registered, and returns its name."""
-    families = specs.MIXTURES.get(name.base, (name.base,))
+    families = task_names.MIXTURES.get(name.base, (name.base,))
     tasks = [name.of(corpus, family) for corpus in name.corpora for family in families]
     return _add_mixture(str(name), [task for task in tasks if task in seqio.TaskRegistry.names()], TaskOptions())
 

@@ -38,7 +38,7 @@ def example(shop_corpus, shop_words, tmp_path_factory):
     arguments[0:1] = ["train", "--data_dir", str(data)]
     arguments += ["--gin.BATCH_SIZE=16", "--gin.LOG_PERIOD=1", "--gin.EVAL_PERIOD=4", "--gin.CHECKPOINT_PERIOD=2"]
     lengths = str(LENGTHS).replace(" ", "")
-    arguments += [f"--gin.TASK_FEATURE_LENGTHS={lengths}", "--gin.MAX_EVAL_USERS=4", "--gin.NUM_BEAMS=2"]
+    arguments += [f"--gin.TASK_FEATURE_LENGTHS={lengths}", "--gin.train.evaluate_retrieval=False"]
     sys.path.insert(0, str(folder))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECALIGN_DATA_DIR", "")
@@ -54,7 +54,6 @@ def test_the_documented_example_trains_and_resumes(example):
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert any(np.isfinite(record.get("loss/shop_order", np.nan)) for record in records)
     assert np.isfinite(records[-1]["validation_loss/shop_order"])
-    assert "validation_recall@10" in records[-1]
 
 
 def test_its_samples_are_those_of_seqio_by_index_and_differ_between_epochs(example):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recalign_jax.training import input_pipeline, packing
-from seqio_tasks import specs
+from seqio_tasks import specs, task_names
 from seqio_tasks.components import CorpusTask
 from seqio_tasks.specs import TaskOptions
 
@@ -120,7 +120,7 @@ def test_a_sample_longer_than_a_row_is_an_error(sizes):
 
 def test_rows_of_real_titles_are_full(beauty_corpus, t5_words):
     """Retrieval + MIM + MLM over titles at 512/128, as FLAN-T5 is fine-tuned."""
-    families = specs.MIXTURES["retrieval_aligned"]
+    families = task_names.MIXTURES["retrieval_aligned"]
     tasks = [CorpusTask(specs.make_spec(beauty_corpus, name, "title", t5_words, TaskOptions())) for name in families]
     options = input_pipeline.InputOptions(task_feature_lengths={"inputs": 512, "targets": 128})
     counts = np.asarray([131_413, 22_363, 22_363])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from recalign_jax.corpus.catalog import title_text
 from recalign_jax.corpus.corpus import Corpus
 from recalign_jax.errors import InputError
-from seqio_tasks import examples, prompts, samples, specs, writing
+from seqio_tasks import examples, prompts, samples, specs, task_names, writing
 from seqio_tasks.examples import SPLITS
 from seqio_tasks.prompts import CANDIDATES, HISTORY, ITEM
 from seqio_tasks.specs import TaskOptions, TaskSpec
@@ -24,7 +24,7 @@ from seqio_tasks.writing import Limits
 from tests.shared_data import shared
 
 EOS = 1
-FAMILIES = specs.FAMILIES
+FAMILIES = task_names.FAMILIES
 NEXT = ("retrieval", "ranking", "bpr", "rating")  # an example a training pair
 WINDOWS = ("mim", "mlm")  # an example a user
 CHOICES = ("ranking", "bpr")
@@ -597,7 +597,7 @@ def test_every_training_sample_of_the_shop_is_free_of_held_out_items(shop, famil
 
 
 def test_mixtures_hold_leave_one_out_only():
-    assert {family for members in specs.MIXTURES.values() for family in members} == {*NEXT, *WINDOWS}
+    assert {family for members in task_names.MIXTURES.values() for family in members} == {*NEXT, *WINDOWS}
 
 
 @pytest.mark.parametrize("family", [*NEXT, *WINDOWS])

@@ -7,7 +7,7 @@ import pytest
 import seqio
 
 import seqio_tasks
-from seqio_tasks import scoring, specs
+from seqio_tasks import scoring, specs, task_names
 from seqio_tasks.specs import TaskOptions
 
 LENGTHS = {"inputs": 400, "targets": 80}
@@ -36,9 +36,9 @@ def evaluate(name: str, answer) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("item_format", ["title", "id", "token"])
-@pytest.mark.parametrize("family", specs.FAMILIES)
+@pytest.mark.parametrize("family", task_names.FAMILIES)
 def test_right_answers_score_full(family, item_format):
-    metrics = evaluate(f"shop_{specs.with_format(family, item_format)}", lambda target: target)
+    metrics = evaluate(f"shop_{task_names.with_format(family, item_format)}", lambda target: target)
     expected = {"recall@1": 1.0, "in_catalogue": 1.0}
     if family.startswith("rating"):
         expected = {"rmse": 0.0, "mae": 0.0, "unreadable": 0.0}

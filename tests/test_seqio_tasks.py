@@ -11,7 +11,7 @@ import tensorflow as tf
 
 import seqio_tasks
 from recalign_jax.errors import InputError
-from seqio_tasks import prompts, samples, specs, tasks, writing
+from seqio_tasks import prompts, samples, specs, task_names, tasks, writing
 from seqio_tasks.components import components
 from seqio_tasks.writing import Limits
 from tests.corpora import prepared, write_tables
@@ -53,7 +53,7 @@ def rendered(name: str, split: str, **options) -> list[tuple[tuple[int, ...], ..
 
 
 def test_registration(registered):
-    assert set(registered) == NAMES == set(specs.names_for("shop", rated=True))
+    assert set(registered) == NAMES == set(task_names.names_for("shop", rated=True))
     assert len(registered) == len(NAMES)
     assert NAMES.issubset({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
 
@@ -85,9 +85,16 @@ def test_vocabularies_of_the_features(shop_words, shop_corpus):
     assert "⁇" not in token.decode(sample.inputs)
     red = shop_words.encode(["red"])[0]
     assert token.decode([*red, token.vocab_size]) == shop_words.decode([*red, 2])
-    # TensorFlow's tokenizer can't write item tokens, but it stands them.
+    # A task of one's own over the same file has the same vocabulary; with item tokens it is another one.
+    own = seqio.SentencePieceVocabulary(shop_words.path, extra_ids=100)
+    assert title == own
+    assert token != own
+    # TensorFlow's tokenizer can't write item tokens.
     assert token.decode_tf(tf.constant([*red, 1, 0])).numpy() == b"red"
-    assert token.decode_tf(tf.constant([*red, token.vocab_size - 1, token.vocab_size, 1, 0])).numpy().startswith(b"red")
+    item = token.vocab_size - 1
+    assert token.decode_tf(tf.constant([*red, item, 1, 0])).numpy() == b"red <item_59>"
+    rows = tf.constant([[*red, item, 1, 0], [item, *red, 0, 0]])
+    assert token.decode_tf(rows).numpy().tolist() == [b"red <item_59>", b"<item_59> red"]
 
 
 # Datasets.
@@ -188,14 +195,14 @@ def test_a_mixture_draws_at_its_rates(name):
 def test_a_mixture_of_two_corpora_holds_the_tasks_of_both(shop_corpus, shop_words, data_dir, tmp_path):
     other = prepared("tables", write_tables(tmp_path, [("u", f"i{n}", n) for n in range(9)]), data_dir, "corner")
     seqio_tasks.register(str(other.directory), shop_words.path)
-    name = specs.split_name("shop.corner_all", data_dir)
+    name = task_names.split_name("shop.corner_all", data_dir)
     assert tasks.register_joint(name) == "shop.corner_all"
     counts = {task.name: task.num_examples("train") for task, _ in components("shop.corner_all")}
     families = ("retrieval", "ranking", "mim", "mlm", "bpr")
     assert set(counts) == {f"{corpus}_{f}" for corpus in ("shop", "corner") for f in families} | {"shop_rating"}
     rates = {task.name: rate for task, rate in components("shop.corner_all")}
     assert rates == pytest.approx({name: count / sum(counts.values()) for name, count in counts.items()})
-    tasks.register_joint(specs.split_name("shop.corner_mim", data_dir))
+    tasks.register_joint(task_names.split_name("shop.corner_mim", data_dir))
     assert {task.name for task, _ in components("shop.corner_mim")} == {"shop_mim", "corner_mim"}
 
 
@@ -267,14 +274,14 @@ def two_corpora(tmp_path):
     ],
 )
 def test_names_are_split(two_corpora, name, expected):
-    assert specs.split_name(name, two_corpora) == expected
+    assert task_names.split_name(name, two_corpora) == expected
 
 
 @pytest.mark.parametrize("corpus", ["shop", "shop_large"])
 def test_every_name_of_a_corpus_is_read_back(two_corpora, corpus):
-    names = specs.names_for(corpus, rated=False)
+    names = task_names.names_for(corpus, rated=False)
     assert len(set(names)) == len(names)
-    assert [str(specs.split_name(name, two_corpora)) for name in names] == names
+    assert [str(task_names.split_name(name, two_corpora)) for name in names] == names
 
 
 @pytest.mark.parametrize(
@@ -292,7 +299,7 @@ def test_every_name_of_a_corpus_is_read_back(two_corpora, corpus):
 )
 def test_unknown_names(two_corpora, name, message):
     with pytest.raises(InputError, match=message):
-        specs.split_name(name, two_corpora)
+        task_names.split_name(name, two_corpora)
 
 
 def test_a_task_by_name(shop_corpus, shop_words, data_dir):

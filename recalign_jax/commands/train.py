@@ -1,6 +1,7 @@
 """`recalign train`: trains a model, or goes on where MODEL_DIR stopped."""
 
 import argparse
+import dataclasses
 import functools
 import importlib
 import os
@@ -12,19 +13,20 @@ import gin
 import jax
 
 from recalign_jax import gin_config, partitioning, terminal
-from recalign_jax.checkpoint.initial import load_initial
+from recalign_jax.checkpoint.initial import load_base, load_initial
 from recalign_jax.commands.common import fingerprints, model_config
 from recalign_jax.corpus.corpus import data_dir_or_default
 from recalign_jax.errors import InputError
 from recalign_jax.evaluation import retrieval
 from recalign_jax.evaluation.retrieval import RetrievalOptions
 from recalign_jax.model import t5
+from recalign_jax.model.lora import LoraOptions
 from recalign_jax.recommender import DecodingOptions, make_recommender
 from recalign_jax.training.input_pipeline import InputOptions
 from recalign_jax.training.optimizer import make_optimizer
 from recalign_jax.training.train import Evaluator, TrainOptions, train
 from seqio_tasks import components as task_components
-from seqio_tasks import specs
+from seqio_tasks import specs, task_names
 from seqio_tasks import vocabulary as vocabularies
 from seqio_tasks.components import CorpusTask
 from seqio_tasks.specs import TaskSpec
@@ -88,8 +90,26 @@ def train_command(
     evaluators = []
     if evaluate_retrieval and options.eval_period:
         evaluators = [retrieval_evaluator(spec, config, mesh, prefix) for spec, prefix in evaluated(task_specs)]
-    initial_params = None
-    if initial_checkpoint is not None:
+    words = vocabularies.load(vocabulary)
+    identity: dict[str, Any] = run_identity(task_specs) | {"vocabulary": words.fingerprint}
+    initial_params, base, lora_options = None, None, LoraOptions()
+    if lora_options.rank:
+        if initial_checkpoint is None:
+            raise InputError("LORA_RANK needs something to adapt: --gin.INITIAL_CHECKPOINT=PATH.")
+        if config.num_tokens is not None and config.num_tokens > words.num_tokens:
+            terminal.warn("Adapters don't train the embeddings of item tokens: start from a model that has them.")
+        values = gin_config.snapshot()
+        if "adafactor" in values.get("OPTIMIZER", "") and "adafactor.multiply_by_parameter_scale" not in values:
+            terminal.warn(
+                "Adafactor's steps are relative to a parameter's size and new adapters are zero, so they would hardly "
+                "learn: use --gin.OPTIMIZER=adamw."
+            )
+        shapes = partitioning.with_shardings(t5.abstract_params(config), mesh)
+        base, told = load_base(initial_checkpoint, config, options.seed, shapes)
+        identity.pop("INITIAL_CHECKPOINT", None)  # the path in `base` is whole, and has a fingerprint beside it
+        # JSON has no tuples.
+        identity |= {"base": told, "lora": dataclasses.asdict(lora_options) | {"targets": list(lora_options.targets)}}
+    elif initial_checkpoint is not None:
         initial_params = functools.partial(load_initial, initial_checkpoint, config, options.seed)
     return train(
         options,
@@ -99,8 +119,10 @@ def train_command(
         mesh,
         components,
         evaluators,
-        identity=run_identity(task_specs) | {"vocabulary": vocabularies.load(vocabulary).fingerprint},
+        identity=identity,
         initial_params=initial_params,
+        base=base,
+        lora_options=lora_options,
     )
 
 
@@ -118,7 +140,7 @@ def register(name: str, module: str | None, vocabulary: str, data_dir: str | Non
 
     root = data_dir_or_default(data_dir)
     if module is None:
-        parts = specs.split_name(name, data_dir)
+        parts = task_names.split_name(name, data_dir)
         for corpus in parts.corpora:
             seqio_tasks.register(str(root / corpus), vocabulary)
         return tasks.register_joint(parts) if len(parts.corpora) > 1 else str(parts)
@@ -137,7 +159,7 @@ def evaluated(task_specs: list[TaskSpec]) -> Iterator[tuple[TaskSpec, str]]:
     """The retrieval task of every corpus and item format in the mixture, and what its figures' names begin with."""
     found = {(spec.corpus.name, spec.catalog.item_format): spec for spec in task_specs}
     for (corpus, item_format), spec in found.items():
-        prefix = "validation_" if len(found) == 1 else f"validation_{specs.with_format(corpus, item_format)}_"
+        prefix = "validation_" if len(found) == 1 else f"validation_{task_names.with_format(corpus, item_format)}_"
         yield specs.make_spec(spec.corpus, "retrieval", item_format, spec.vocabulary, spec.options), prefix
 
 
