@@ -35,6 +35,7 @@ setuptools.setup(
         "flax>=0.12.8,<0.13",
         "gin-config>=0.5",
         "grain>=0.2.18",
+        "huggingface_hub>=1.0",
         # TensorFlow Datasets imports it and doesn't say so.
         "importlib_resources>=6.4",
         "jax>=0.10.2,<0.11",
@@ -67,6 +68,8 @@ setuptools.setup(
             "torch>=2.5",
         ],
         "beam": BEAM,
+        # What T5X's git heads import beside our own requirements; see docs/t5x.md.
+        "t5x": ["cached_property>=2.0", "chex>=0.1.92", "fiddle>=0.3.1", "jaxtyping>=0.3.11", "tensorboard>=2.21"],
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
     },

@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train, or go on where MODEL_DIR stopped",
     "eval": "evaluate a checkpoint",
     "infer": "batch inference: the best items for every user",
+    "convert": "between checkpoint formats",
     "baseline": "evaluate a conventional baseline",
 }
 

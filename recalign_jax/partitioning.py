@@ -25,10 +25,11 @@ MESH_AXES: dict[str, str | None] = {
     "mlp": "model",
     "buckets": None,
     "norm": None,
+    "rank": None,  # of adapters
 }
 
 # Path of a parameter -> its logical axes.
-PARAMETER_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
+_PARAMETER_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"token_embedder/embedding", ("vocab", "embed")),
     (r"\w+/relpos_bias/rel_embedding", ("heads", "buckets")),
     (r"\w+/layers/\w*attention/(query|key|value)/kernel", ("layers", "embed", "heads")),
@@ -39,6 +40,14 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"\w+/\w+_norm/scale", ("norm",)),
     (r"decoder/logits_dense/kernel", ("embed", "vocab")),
 )
+# The adapters of a kernel (`model.lora`): `a` has its rows, `b` its columns.
+_ADAPTER_AXES = tuple(
+    row
+    for pattern, axes in _PARAMETER_AXES
+    if pattern.endswith("/kernel")
+    for row in ((rf"{pattern}/a", (*axes[:-1], "rank")), (rf"{pattern}/b", (*axes[:-2], "rank", axes[-1])))
+)
+PARAMETER_AXES = (*_PARAMETER_AXES, *_ADAPTER_AXES)
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:

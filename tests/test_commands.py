@@ -289,6 +289,8 @@ def test_a_finished_run_is_left_alone(shop, trained):
         (["--gin.MIXTURE_OR_TASK_NAME=shopp_retrieval"], "no prepared corpus"),
         (["--gin.MIXTURE_OR_TASK_NAME=shop_rating"], "has no ratings"),
         (["--gin.BATCH_SIZE=0"], "BATCH_SIZE"),
+        (["--gin.TRAIN_STEPS=0"], "TRAIN_STEPS is 0"),
+        (["--gin.NEGATIVES=unifrom"], "Did you mean 'uniform'"),
         (["--gin.VOCABULARY=/nowhere/x.model"], "/nowhere/x.model"),
         (["--gin.OPTIMIZER=adamm"], "Did you mean 'adamw'?"),
         (["--gin.REMAT=most"], "remat"),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from recalign_jax import gin_config  # noqa: F401  where gin looks for included files
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
 from recalign_jax.training.optimizer import make_optimizer
@@ -17,14 +18,26 @@ from recalign_jax.training.step import TrainState, make_train_step
 from tests.shared_data import shared
 
 FILES = pathlib.Path(__file__).resolve().parents[1] / "gin_configs" / "models"
-# Of the checkpoints google/flan-t5-* as published; tiny and mini by the arithmetic of `count`.
-PUBLISHED = {
-    "flan_t5_small": 76_961_152,
-    "flan_t5_base": 247_577_856,
-    "flan_t5_large": 783_150_080,
-    "flan_t5_xl": 2_849_757_184,
-    "flan_t5_xxl": 11_135_332_352,
+# Of the checkpoints google/flan-t5-* and google/t5-v1_1-* as published; tiny and mini by the arithmetic of `count`.
+SIZES = {
+    "small": 76_961_152,
+    "base": 247_577_856,
+    "large": 783_150_080,
+    "xl": 2_849_757_184,
+    "xxl": 11_135_332_352,
 }
+PUBLISHED = {f"{family}_{size}": count for family in ("flan_t5", "t5_v1_1") for size, count in SIZES.items()}
+# emb_dim, num_heads, head_dim, layers of either stack, mlp_dim: the numbers in t5x/examples/t5/t5_1_1/{size}.gin.
+T5X_SIZES = {
+    "small": (512, 6, 64, 8, 1024),
+    "base": (768, 12, 64, 12, 2048),
+    "large": (1024, 16, 64, 24, 2816),
+    "xl": (2048, 32, 64, 24, 5120),
+    "xxl": (4096, 64, 64, 24, 10240),
+}
+
+# The models of t5_v1_1_* are those of flan_t5_*, as `test_sizes_equal_those_of_t5x` sees to.
+DIFFERENT = sorted(path.stem for path in FILES.glob("*.gin") if not path.stem.startswith("t5_v1_1"))
 
 ENCODER = ("encoder_input_tokens", "encoder_segment_ids")
 DECODER = ("decoder_input_tokens", "decoder_target_tokens", "decoder_segment_ids", "decoder_task_ids")
@@ -64,7 +77,7 @@ def test_builds_with_the_published_number_of_parameters(config_of, name):
     assert f"{total:,} parameters" in header
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in FILES.glob("*.gin")))
+@pytest.mark.parametrize("name", DIFFERENT)
 def test_a_training_step_traces(config_of, name):
     config = config_of(name)
     tokens = jax.ShapeDtypeStruct((1, 8), "int32")
@@ -74,6 +87,29 @@ def test_a_training_step_traces(config_of, name):
 
     gradients = jax.eval_shape(jax.grad(loss), t5.abstract_params(config), tokens)
     assert jax.tree.structure(gradients) == jax.tree.structure(t5.abstract_params(config))
+
+
+@pytest.mark.parametrize("family", ["flan_t5", "t5_v1_1"])
+@pytest.mark.parametrize("size", T5X_SIZES)
+def test_sizes_equal_those_of_t5x(config_of, family, size):
+    config = config_of(f"{family}_{size}")
+    emb_dim, num_heads, head_dim, layers, mlp_dim = T5X_SIZES[size]
+    assert config == T5Config(
+        emb_dim=emb_dim,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        num_encoder_layers=layers,
+        num_decoder_layers=layers,
+        mlp_dim=mlp_dim,
+        # As t5x/examples/t5/t5_1_1/base.gin has them for every size, and network.py where no gin file does.
+        vocab_size=32128,
+        mlp_activations=("gelu", "linear"),
+        logits_via_embedding=False,
+        relative_attention_num_buckets=32,
+        relative_attention_max_distance=128,
+        layer_norm_epsilon=1e-6,
+        dropout_rate=0.1,
+    )
 
 
 @pytest.mark.parametrize("size", ["small", "base", "large"])
@@ -107,7 +143,7 @@ def test_macros_override(config_of):
     assert (config.emb_dim, config.num_encoder_layers, config.num_decoder_layers) == (64, 2, 2)
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in FILES.glob("*.gin")))
+@pytest.mark.parametrize("name", DIFFERENT)
 def test_every_size_trains_abstractly(config_of, name):
     """The whole train step of every size, traced without allocating anything."""
     config = config_of(name)

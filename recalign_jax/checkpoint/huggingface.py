@@ -1,4 +1,4 @@
-"""Hugging Face folders of T5 (config.json and safetensors), to and from our parameters.
+"""Hugging Face folders of T5 (config.json and safetensors): what their arrays are called, and reading them.
 
 Names are those of `T5ForConditionalGeneration.state_dict()`; torch keeps kernels as [outputs, inputs], ours are
 [inputs, outputs].
@@ -9,10 +9,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes  # noqa: F401  makes numpy know bfloat16, which safetensors asks for by name
 import numpy as np
 
 from recalign_jax.checkpoint import stacking
+from recalign_jax.checkpoint.arrays import Array, open_safetensors
 from recalign_jax.checkpoint.stacking import Source
 from recalign_jax.errors import InputError
 from recalign_jax.model.config import T5Config
@@ -60,6 +60,9 @@ _CONFIG_FIELDS = {
 }
 
 
+GENERATION_VALUES = {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+
+
 def read_config(folder: pathlib.Path) -> T5Config:
     """Returns the configuration of the model in a Hugging Face folder. Raises InputError if it is no T5.1.1."""
     path = folder / "config.json"
@@ -86,38 +89,59 @@ def read_config(folder: pathlib.Path) -> T5Config:
     )
 
 
-def read_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """Returns all arrays of a folder's safetensors, one file or several with an index, by name."""
-    from safetensors import safe_open
+def read_arrays(folder: pathlib.Path) -> dict[str, Array]:
+    """Opens all arrays of a folder's safetensors, one file or several with an index, by name; nothing is read yet.
 
-    names_of_files: dict[str, list[str]] = {}
-    for name, file in _files_of_names(folder).items():
-        names_of_files.setdefault(file, []).append(name)
-    arrays = {}
-    for file, names in names_of_files.items():
-        with safe_open(folder / file, framework="numpy") as tensors:
-            arrays.update({name: tensors.get_tensor(name) for name in names})
-    return arrays
+    Copies of `shared` that torch's state_dict lists under further names are left out.
+    """
+    files = {name: folder / file for name, file in _files_of_names(folder).items()}
+    return stacking.without(_ALIASES, open_safetensors(files))
 
 
-def load_params(arrays: Mapping[str, np.ndarray], config: T5Config, where: str) -> dict[str, Any]:
+def load_params(arrays: Mapping[str, Array], config: T5Config, where: str) -> dict[str, Any]:
     """Returns our parameters (float32 numpy) from arrays named as in torch's state_dict; `where` is for messages.
 
     Raises InputError that names a parameter which is missing, left over or of another shape.
     """
-    sources = _sources(config)
-    stacking.check_nothing_left(set(arrays) - set(_ALIASES), sources, where)
-    return stacking.load(arrays, sources, abstract_params(config), where)
+    return stacking.load(stacking.without(_ALIASES, arrays), sources(config), abstract_params(config), where)
 
 
 def unload_params(params: dict[str, Any], config: T5Config) -> dict[str, np.ndarray]:
     """Returns the arrays of a `T5ForConditionalGeneration.state_dict()`, float32 (aliases of `shared` left out)."""
-    return stacking.unload(params, _sources(config))
+    return {name: np.asarray(array) for name, array in stacking.split(stacking.flatten(params), sources(config))}
 
 
-def _sources(config: T5Config) -> dict[str, Source]:
+def config_values(config: T5Config) -> dict[str, Any]:
+    """Returns what config.json says of a model.
+
+    Raises InputError for a model that transformers can't run.
+    """
+    if config.mlp_activations != ("gelu", "linear"):
+        raise InputError(
+            f"T5Config.mlp_activations is {config.mlp_activations}: transformers has no such T5.1.1, "
+            "only ('gelu', 'linear')."
+        )
+    return {
+        "architectures": ["T5ForConditionalGeneration"],
+        "model_type": "t5",
+        **{theirs: getattr(config, ours) for ours, theirs in _CONFIG_FIELDS.items()},
+        "feed_forward_proj": "gated-gelu",
+        "dense_act_fn": "gelu_new",
+        "is_gated_act": True,
+        "is_encoder_decoder": True,
+        "initializer_factor": 1.0,
+        "n_positions": 512,
+        "tie_word_embeddings": config.logits_via_embedding,
+        "scale_decoder_outputs": config.scale_decoder_outputs,
+        "use_cache": True,
+        **GENERATION_VALUES,
+    }
+
+
+def sources(config: T5Config) -> dict[str, Source]:
+    """Where torch's state_dict has our parameters, by path."""
     layers = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
-    sources = {}
+    found = {}
     for path in stacking.flatten(abstract_params(config)):
         stacked = "/layers/" in path
         if stacked:
@@ -126,24 +150,32 @@ def _sources(config: T5Config) -> dict[str, Source]:
             names = tuple(f"{stack}.block.{layer}.{name}.weight" for layer in range(layers[stack]))
         else:
             names = (f"{_TOP[path]}.weight",)
-        sources[path] = Source(names, stacked, transposed=path.endswith(("/kernel", "/rel_embedding")))
-    return sources
+        found[path] = Source(names, stacked, transposed=path.endswith(("/kernel", "/rel_embedding")))
+    return found
 
 
 def _files_of_names(folder: pathlib.Path) -> dict[str, str]:
     """{array's name: file in the folder that holds it}."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        files = json.loads(index.read_text())["weight_map"]
+        try:
+            files = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{index}: no index of safetensors files, or damaged ({error!r})") from None
         absent = sorted(set(files.values()) - {path.name for path in folder.iterdir()})
         if absent:
             raise InputError(f"{index}: names the file {absent[0]!r}, which is not in the folder")
         return files
     if single.is_file():
-        with safe_open(single, framework="numpy") as tensors:
-            return dict.fromkeys(tensors.keys(), single.name)
+        try:
+            with safe_open(single, framework="numpy") as tensors:
+                return dict.fromkeys(tensors.keys(), single.name)
+        except SafetensorError as error:
+            raise InputError(
+                f"{single}: no safetensors file, or damaged ({error}). Download or write it again."
+            ) from None
     if any(folder.glob("*.bin")):
         raise InputError(
             f"{folder}: has only a .bin file. That is a pickle, which can run code when it is read, so it is not. "

@@ -1,27 +1,26 @@
-"""Where a new run's parameters come from: a checkpoint in any format that is read here, found out by looking at it."""
+"""Where parameters come from: a checkpoint of any format, placed shard by shard onto the devices that keep them."""
 
-import dataclasses
+import functools
 import pathlib
-from types import ModuleType
 from typing import Any
 
 import jax
-import numpy as np
 
-from recalign_jax.checkpoint import huggingface, stacking, t5x, training
+from recalign_jax import partitioning
+from recalign_jax.checkpoint import stacking, training
+from recalign_jax.checkpoint.arrays import place
+from recalign_jax.checkpoint.formats import open_base, open_checkpoint, our_params
 from recalign_jax.errors import InputError
-from recalign_jax.model import t5
+from recalign_jax.model import lora
 from recalign_jax.model.config import T5Config
-
-# The two parameters with a row (or column) a token, and the axis of the tokens.
-_TOKEN_AXES = {"token_embedder/embedding": 0, "decoder/logits_dense/kernel": 1}
+from recalign_jax.model.lora import LoraOptions
 
 
 def load_initial(path: str, config: T5Config, seed: int, params: Any) -> Any:
-    """Reads parameters to start from.
+    """Reads parameters to start from; no process reads more of a parameter than its devices keep.
 
     Args:
-      path: a MODEL_DIR or checkpoint of `recalign train`, a Hugging Face folder, or a T5X checkpoint folder.
+      path: as `open_checkpoint` takes it.
       config: of the model to be trained.
       seed: entries of the vocabulary that the checkpoint lacks (item tokens) are drawn as in a new model.
       params: its parameters' ShapeDtypeStructs with shardings.
@@ -30,43 +29,67 @@ def load_initial(path: str, config: T5Config, seed: int, params: Any) -> Any:
       Parameters laid out as `params`.
 
     Raises:
-      InputError: when the format isn't known, or a parameter is missing, left over or of another shape.
+      InputError: when there is no checkpoint, or a parameter is missing, left over or of another shape.
+    """
+    try:
+        return _placed(our_params(open_checkpoint(path), config, seed), params)
+    except InputError as error:
+        raise InputError(f"INITIAL_CHECKPOINT: {error.message}") from None
+
+
+def load_base(path: str, config: T5Config, seed: int, params: Any) -> tuple[Any, dict[str, Any]]:
+    """Reads parameters to train adapters of.
+
+    Args:
+      path, config, seed, params: as `load_initial` takes them.
+
+    Returns:
+      (parameters, `base` of the run's identity, by which `load_trained` finds them again).
+
+    Raises:
+      InputError: as `load_initial`.
     """
     folder = pathlib.Path(path).expanduser()
-    if (folder / "config.json").is_file():
-        reader: ModuleType = huggingface
-        _check_tied(huggingface.read_config(folder), config, path)
-        arrays, embedding = huggingface.read_arrays(folder), "shared.weight"
-    elif (folder / "checkpoint").is_file() or (folder / "state").is_dir():
-        reader = t5x
-        arrays, embedding = t5x.read_arrays(folder), "token_embedder/embedding"
-    elif folder.is_dir():
-        return training.load_params(path, params)[0]
-    else:
-        raise InputError(f"INITIAL_CHECKPOINT {path}: no such folder.")
-    rows = len(arrays[embedding]) if embedding in arrays else config.vocab_size
-    if rows > config.vocab_size:
+    if folder.is_dir():
+        path = str(folder.absolute())
+    if (folder / training.DIRECTORY).is_dir():  # the newest checkpoint of a run, which will be another one day
+        model_dir, step = training.locate(path)
+        path = str(pathlib.Path(model_dir) / training.DIRECTORY / str(step))
+    base = load_initial(path, config, seed, params)
+    return base, {"path": path, "seed": seed, "fingerprint": lora.fingerprint(base)}
+
+
+def load_trained(path: str, config: T5Config, params: Any) -> tuple[Any, int]:
+    """Reads the parameters of a checkpoint of `recalign train`; adapters are merged with their base.
+
+    Args:
+      path: as `training.locate` takes it.
+      config: of the model.
+      params: its parameters' ShapeDtypeStructs with shardings.
+
+    Returns:
+      (parameters laid out as `params`, step).
+
+    Raises:
+      InputError: when there is no checkpoint, it doesn't fit, or the base of its adapters is gone or was changed.
+    """
+    identity = training.read_identity(path)
+    if "base" not in identity:
+        return training.load_params(path, params)
+    options, told = LoraOptions(**identity["lora"]), identity["base"]
+    base = _placed(our_params(open_base(path, told), config, told["seed"]), params)
+    if lora.fingerprint(base) != told["fingerprint"]:
         raise InputError(
-            f"INITIAL_CHECKPOINT {path} has {rows} vocabulary rows, the model only {config.vocab_size}: "
-            "give the VOCABULARY that it was trained with (FLAN-T5's spiece.model)."
+            f"{path} holds adapters of {told['path']}, which has other parameters now than when they were trained."
         )
-    loaded = stacking.flatten(
-        reader.load_params(arrays, dataclasses.replace(config, vocab_size=rows, num_tokens=None), path)
-    )
-    if rows < config.vocab_size:
-        new = stacking.flatten(jax.jit(lambda key: t5.init_params(config, key))(jax.random.key(seed)))
-        for name in _TOKEN_AXES.keys() & loaded.keys():
-            old, axis = loaded[name], _TOKEN_AXES[name]
-            rest = np.take(np.asarray(new[name]), np.arange(rows, config.vocab_size), axis)
-            loaded[name] = np.concatenate([old, rest], axis)
-    flat = stacking.flatten(params)
-    return stacking.unflatten({name: jax.device_put(array, flat[name].sharding) for name, array in loaded.items()})
+    adapters = jax.eval_shape(lambda key: lora.init_adapters(params, options, key), jax.random.key(0))
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    trained, step = training.load_params(path, partitioning.with_shardings(adapters, mesh))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    merge = jax.jit(functools.partial(lora.merge, options=options), out_shardings=shardings, donate_argnums=0)
+    return merge(base, trained), step
 
 
-def _check_tied(there: T5Config, config: T5Config, path: str) -> None:
-    for field in ("logits_via_embedding", "scale_decoder_outputs"):
-        if getattr(there, field) != getattr(config, field):
-            raise InputError(
-                f"INITIAL_CHECKPOINT {path} is a model with {field} {getattr(there, field)}, yours has "
-                f"{getattr(config, field)}: set --gin.T5Config.{field}={getattr(there, field)}."
-            )
+def _placed(arrays: Any, params: Any) -> Any:
+    targets = stacking.flatten(params)
+    return stacking.unflatten({path: place(array, targets[path]) for path, array in arrays.items()})

@@ -1,18 +1,25 @@
 """Training checkpoints through Orbax: `MODEL_DIR/checkpoints/STEP/{params,optimizer,metadata}`.
 
 Orbax writes aside and renames, so a checkpoint that can be seen is whole. Parameters and optimizer state
-are separate items: evaluation and inference read the parameters alone.
+are separate items: evaluation and inference read the parameters alone. The metadata is JSON: `identity`, what a resumed
+run must have in common with the saved one; `positions` in the data; `model`, the model's configuration.
 """
 
+import dataclasses
+import logging
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from flax import traverse_util
 
+from recalign_jax.checkpoint.arrays import Array, open_orbax, open_store, whole
 from recalign_jax.errors import InputError
 
 DIRECTORY = "checkpoints"
+CHUNK_BYTES = 2**24  # what a parameter is written in, so that a reader of a few layers need not read them all
 
 
 def open_checkpoints(model_dir: str, keep: int | None = 3) -> ocp.CheckpointManager:
@@ -89,6 +96,79 @@ def read_identity(path: str) -> dict[str, Any]:
     model_dir, step = locate(path)
     with open_checkpoints(model_dir, keep=None) as checkpoints:
         return read_metadata(checkpoints, step)["identity"]
+
+
+def read_model(path: str) -> dict[str, Any]:
+    """The configuration of a checkpoint's model (fields of T5Config); empty if it doesn't say."""
+    model_dir, step = locate(path)
+    with open_checkpoints(model_dir, keep=None) as checkpoints:
+        return read_metadata(checkpoints, step).get("model", {})
+
+
+def read_arrays(path: str) -> dict[str, Array]:
+    """Opens the parameters of a checkpoint by their paths; nothing is read yet.
+
+    Raises InputError when there is none.
+    """
+    model_dir, step = locate(path)
+    where = f"{model_dir}/{DIRECTORY}/{step}/params"
+    return open_orbax(open_store(where), where)
+
+
+def save_streaming(
+    model_dir: str, step: int, params: Mapping[str, Array], metadata: dict[str, Any], advance: Callable[[int], None]
+) -> None:
+    """Writes a checkpoint without optimizer state, one parameter in memory at a time.
+
+    Args:
+      model_dir: the folder to write into.
+      step: the checkpoint's number.
+      params: by path.
+      metadata: see the module.
+      advance: called with 1 for each parameter that is written.
+    """
+    handlers = ocp.type_handlers
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that it keeps no shardings
+    registry = handlers.create_type_handler_registry((_Leaf, _StreamingHandler(advance)))
+    tree = traverse_util.unflatten_dict({path: _Leaf(array) for path, array in params.items()}, sep="/")
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+    with ocp.CheckpointManager(
+        (pathlib.Path(model_dir) / DIRECTORY).absolute(),
+        item_handlers={
+            "params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+            "metadata": ocp.JsonCheckpointHandler(),
+        },
+        options=ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False),
+    ) as checkpoints:
+        checkpoints.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.PyTreeSave(tree, save_args=save_args), metadata=ocp.args.JsonSave(metadata)
+            ),
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Leaf:
+    """An array that Orbax has not seen yet."""
+
+    array: Array
+
+
+class _StreamingHandler(ocp.type_handlers.NumpyHandler):
+    """Reads an array when its turn to be written comes, and lets go of it before the next."""
+
+    def __init__(self, advance: Callable[[int], None]):
+        super().__init__(deepcopy_host_arrays=False)
+        self._advance = advance
+
+    async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
+        for leaf, info, arg in zip(values, infos, args, strict=True):
+            writing = await super().serialize([whole(leaf.array)], [info], [arg])
+            while writing:
+                writing.pop().result()  # which holds the array
+            self._advance(1)
+        return []
 
 
 def load_params(path: str, params: Any) -> tuple[Any, int]:

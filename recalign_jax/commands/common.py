@@ -6,6 +6,7 @@ import gin
 
 from recalign_jax import gin_config, partitioning, terminal
 from recalign_jax.checkpoint import training as checkpointing
+from recalign_jax.checkpoint.initial import load_trained
 from recalign_jax.errors import InputError
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
@@ -63,7 +64,7 @@ def load_recommender(
     config = model_config(spec.num_tokens, mesh.shape["model"])
     _check_trained_for(spec, checkpoint_path)
     shapes = partitioning.with_shardings(t5.abstract_params(config), mesh)
-    params, step = checkpointing.load_params(checkpoint_path, shapes)
+    params, step = load_trained(checkpoint_path, config, shapes)
     return make_recommender(spec, t5.graph(config), decoding, partitioning.batch_sharding(mesh))(params), step
 
 
@@ -71,10 +72,15 @@ def _check_trained_for(spec: TaskSpec, checkpoint_path: str) -> None:
     trained = checkpointing.read_identity(checkpoint_path)
     item_format = spec.catalog.item_format
     formats = {name.split()[-1] for name in trained if name.startswith("catalog ")}
-    if trained["vocabulary"] != spec.vocabulary.fingerprint:
+    if trained["vocabulary"] not in (spec.vocabulary.fingerprint, "unknown"):
         raise InputError(
             f"Checkpoint {checkpoint_path} was trained with another vocabulary than {spec.vocabulary.path}."
         )
+    if not formats and item_format != "token":
+        terminal.warn(f"{checkpoint_path} was not trained here, so nothing tells whether it knows such prompts.")
+        return
+    if not formats:
+        raise InputError(f"Checkpoint {checkpoint_path} was not trained here, so it has no item tokens.")
     if item_format not in formats:
         raise InputError(
             f"Checkpoint {checkpoint_path} was trained with items as {' and '.join(sorted(formats))}, "

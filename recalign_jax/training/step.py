@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from recalign_jax.model import lora
+from recalign_jax.model.lora import LoraOptions
 from recalign_jax.training import losses
 
 Batch = dict[str, jax.Array]
@@ -15,7 +17,7 @@ Sums = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """All that a step changes: its number (int32 scalar), parameters, and the optimizer's state."""
+    """All that a step changes: its number (int32 scalar), trained parameters, and the optimizer's state."""
 
     step: jax.Array
     params: Any
@@ -39,16 +41,26 @@ def loss_and_sums(
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, z_loss: float, num_tasks: int, seed: int
-) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
-    """Returns the step `(state, batch) -> (state, sums)`; dropout depends on the seed and the step's number alone."""
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    z_loss: float,
+    num_tasks: int,
+    seed: int,
+    lora_options: LoraOptions = LoraOptions(),  # noqa: B008 (frozen)
+) -> Callable[..., tuple[TrainState, Sums]]:
+    """Returns the step `(state, batch, base=None) -> (state, sums)`.
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+    With a base, the state's parameters are adapters of it (see `lora.merge`), and the base stays as it is. Dropout
+    depends on the seed and the step's number alone.
+    """
+
+    def train_step(state: TrainState, batch: Batch, base: Any = None) -> tuple[TrainState, Sums]:
         # The rbg generator costs a fraction of threefry's time on TPU and GPU.
         dropout_key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.step)
 
         def loss(params: Any) -> tuple[jax.Array, Sums]:
-            return loss_and_sums(graphdef, params, batch, z_loss, num_tasks, dropout_key)
+            whole = lora.merge(base, params, lora_options)
+            return loss_and_sums(graphdef, whole, batch, z_loss, num_tasks, dropout_key)
 
         gradients, sums = jax.grad(loss, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

@@ -2,7 +2,9 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
+import math
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,8 +21,9 @@ from recalign_jax import partitioning, terminal
 from recalign_jax.checkpoint import training as checkpointing
 from recalign_jax.errors import InputError, RunError
 from recalign_jax.files import atomic_file
-from recalign_jax.model import t5
+from recalign_jax.model import lora, t5
 from recalign_jax.model.config import T5Config
+from recalign_jax.model.lora import LoraOptions
 from recalign_jax.training import input_pipeline, log
 from recalign_jax.training.input_pipeline import InputOptions
 from recalign_jax.training.optimizer import state_specs
@@ -60,6 +63,11 @@ class TrainOptions:
     keep_checkpoints: int = 3
     mesh: dict[str, int] = dataclasses.field(default_factory=lambda: {"data": -1, "fsdp": 1, "model": 1})
 
+    def __post_init__(self) -> None:
+        for name in ("train_steps", "log_period", "checkpoint_period", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name.upper()} is {getattr(self, name)}: must be at least 1.")
+
 
 def train(
     options: TrainOptions,
@@ -71,6 +79,8 @@ def train(
     evaluators: Sequence[Evaluator],
     identity: dict[str, Any],
     initial_params: Callable[[Any], Any] | None = None,
+    base: Any = None,
+    lora_options: LoraOptions = LoraOptions(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
     """Trains to `options.train_steps`, from the newest checkpoint in MODEL_DIR if there is one.
 
@@ -83,6 +93,8 @@ def train(
       evaluators: called every `eval_period` steps.
       identity: what must not change when the run is resumed; JSON.
       initial_params: gives a new run's parameters for their shapes and shardings; None draws them.
+      base: parameters that stay as they are while adapters of them are trained; None trains all parameters.
+      lora_options: of the adapters.
 
     Returns:
       `step loss tokens_per_second packing_efficiency model_dir` of the last logged step.
@@ -95,7 +107,10 @@ def train(
     graphdef = t5.graph(config)
 
     def initialize(key: jax.Array) -> TrainState:
-        params = t5.init_params(config, key)
+        if base is None:
+            params = t5.init_params(config, key)
+        else:
+            params = lora.init_adapters(t5.abstract_params(config), lora_options, key)
         return TrainState(jnp.int32(0), params, optimizer.init(params))
 
     abstract_state = jax.eval_shape(initialize, jax.random.key(0))
@@ -106,6 +121,8 @@ def train(
         abstract_state,
         shardings,
     )
+
+    terminal.say(_what_is_trained(abstract_state.params, base))
 
     # ---------------------------------------------------------------- input streams
     stream = input_pipeline.make_stream(components, "train", options.seed, input_options)
@@ -144,12 +161,14 @@ def train(
     # ---------------------------------------------------------------- the compiled steps
     num_tasks = len(stream.tasks)
     train_step = jax.jit(
-        make_train_step(graphdef, optimizer, options.z_loss, num_tasks, options.seed),
-        in_shardings=(shardings, batch_sharding),
+        make_train_step(graphdef, optimizer, options.z_loss, num_tasks, options.seed, lora_options),
+        in_shardings=(shardings, batch_sharding, None),
         out_shardings=(shardings, None),
         donate_argnums=0,
     )
-    eval_step = jax.jit(make_eval_step(graphdef, num_tasks), in_shardings=(shardings.params, batch_sharding))
+    eval_step = jax.jit(make_eval_step(graphdef, num_tasks), in_shardings=(None, batch_sharding))
+    base_shardings = jax.tree.map(lambda leaf: leaf.sharding, base)
+    merge = jax.jit(functools.partial(lora.merge, options=lora_options), out_shardings=base_shardings)
     add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
 
     # ---------------------------------------------------------------- the loop
@@ -162,7 +181,7 @@ def train(
         for step in range(first_step + 1, options.train_steps + 1):
             with jax.transfer_guard("disallow"):
                 batch, positions = next(batches)
-                state, step_sums = train_step(state, batch)
+                state, step_sums = train_step(state, batch, base)
                 sums = step_sums if sums is None else add(sums, step_sums)
             advance()
 
@@ -180,11 +199,14 @@ def train(
                     f"checkpoint is of step {checkpoints.latest_step() or 'none'}; a lower LEARNING_RATE may help."
                 )
             if evaluates and held_out is not None:
-                record |= _evaluate(eval_step, evaluators, state.params, held_out, batch_sharding, names)
+                params = state.params if base is None else merge(base, state.params)
+                record |= _evaluate(eval_step, evaluators, params, held_out, batch_sharding, names)
+                del params
             run_log.write(step, record)
             advance(0, note=f"loss {record['loss']:.3f}")
             if saves:
                 metadata = {"identity": identity, "positions": _all_positions(positions).tolist()}
+                metadata["model"] = dataclasses.asdict(config)
                 checkpointing.save(checkpoints, step, state.params, (state.opt_state, state.step), metadata)
             sums = None
             speed.restart()
@@ -202,6 +224,13 @@ def state_shardings(state: TrainState, optimizer: optax.GradientTransformation, 
     tree: Any = (PartitionSpec(), specs, state_specs(optimizer, state.params, specs))
     named = jax.tree.map(lambda spec: NamedSharding(mesh, spec), tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
     return TrainState(*named)
+
+
+def _what_is_trained(params: Any, base: Any) -> str:
+    count, of = (f"{sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)):,}" for tree in (params, base))
+    if base is None:
+        return f"Training all {count} parameters."
+    return f"Training {count} parameters of adapters; the {of} of INITIAL_CHECKPOINT stay as they are."
 
 
 def _on_device(batches: Iterator[tuple[Any, np.ndarray]], sharding: Any, ahead: int = 2) -> Iterator[tuple[Any, Any]]:

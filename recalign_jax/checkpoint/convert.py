@@ -1,0 +1,77 @@
+"""From a checkpoint of any format that is read here to a Hugging Face folder or to one of our own."""
+
+import dataclasses
+import math
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from recalign_jax import files, terminal
+from recalign_jax.checkpoint import export, training
+from recalign_jax.checkpoint.arrays import Array
+from recalign_jax.checkpoint.formats import HUGGING_FACE, RECALIGN, Checkpoint, our_params
+from recalign_jax.checkpoint.hub import TOKENIZER_FILES
+from recalign_jax.errors import InputError
+
+TARGETS = (HUGGING_FACE, RECALIGN)
+# Not 0: a run that is told to go on in such a folder must see that there is a checkpoint, and that it isn't its own.
+STEP = 1
+
+
+def check_output(checkpoint: Checkpoint, output: pathlib.Path, overwrite: bool) -> None:
+    """Raises InputError when `output` is there already, or must not be overwritten."""
+    if not output.exists():
+        return
+    if not overwrite:
+        raise InputError(f"{output} is there already. Give another --output, or --overwrite.")
+    if checkpoint.folder is not None and checkpoint.folder.resolve().is_relative_to(output.resolve()):
+        raise InputError(f"{output} holds the input, which would be lost. Give another --output.")
+    if not (output / "config.json").is_file() and not (output / training.DIRECTORY).is_dir():
+        raise InputError(f"{output} holds no checkpoint, so it is not overwritten. Give another --output.")
+
+
+def convert(
+    checkpoint: Checkpoint,
+    output: pathlib.Path,
+    to: str,
+    vocabulary: pathlib.Path | None,
+    identity: Mapping[str, Any],
+    dtype: str,
+    max_shard_bytes: int,
+) -> int:
+    """Converts a checkpoint, reading and writing one parameter at a time; `output` appears when it is whole.
+
+    Args:
+      checkpoint: from `open_checkpoint`.
+      output: the folder to write.
+      to: one of TARGETS.
+      vocabulary: a SentencePiece model for the tokenizer files of a Hugging Face folder; None copies those of the input
+        where it has some.
+      identity: what one of our own checkpoints says of the run that it is from.
+      dtype: of the weights in a Hugging Face folder, `float32` or `bfloat16`.
+      max_shard_bytes: of a safetensors file.
+
+    Returns:
+      The number of parameters written.
+
+    Raises:
+      InputError: when a parameter of the input is missing, left over or of an unexpected shape.
+    """
+    config = checkpoint.config
+    params: dict[str, Array] = our_params(checkpoint, config, seed=0)
+    if to == HUGGING_FACE:
+        params, config = export.without_padding(params, config)
+    with files.atomic_directory(output) as aside, terminal.progress("convert", len(params), "parameters") as advance:
+        if to == RECALIGN:
+            metadata = {"identity": dict(identity), "model": dataclasses.asdict(config), "positions": []}
+            training.save_streaming(str(aside), STEP, params, metadata, advance)
+        else:
+            export.write_model(aside, params, config, dtype, max_shard_bytes, advance)
+            if vocabulary is not None:
+                export.write_tokenizer(aside, vocabulary, config)
+            elif checkpoint.input_format == HUGGING_FACE and checkpoint.folder is not None:
+                for name in TOKENIZER_FILES:
+                    if (checkpoint.folder / name).is_file():
+                        shutil.copyfile(checkpoint.folder / name, aside / name)
+    return sum(math.prod(array.shape) for array in params.values())

@@ -1,0 +1,36 @@
+"""Models of the Hugging Face hub, by name."""
+
+import pathlib
+import re
+
+from recalign_jax.errors import InputError
+
+# The weights as safetensors, and what is small. Never a pickle.
+_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
+TOKENIZER_FILES = [
+    *("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+]
+
+
+def is_name(text: str) -> bool:
+    """Whether a text has the form of a hub name, as `google/flan-t5-base`."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
+
+
+def download(name: str) -> pathlib.Path:
+    """Returns the local folder of a model of the hub, downloaded if the cache (HF_HOME) doesn't have it.
+
+    Raises InputError when it can't be had.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=[*_FILES, *TOKENIZER_FILES]))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{name}: no folder of this name here, and it can't be had from the Hugging Face hub: {reason} "
+            f"Is the name right? Without a network, download it where there is one (hf download {name}) and copy the "
+            "cache (~/.cache/huggingface, or HF_HOME), or give the path of its folder."
+        ) from None
