@@ -24,7 +24,7 @@ CONFIG = T5Config(
 LENGTHS = ((150, 20), (150, 9), (77, 20), (3, 1))  # real tokens of encoder and decoder, a row
 
 
-def torch_model(tied: bool, scaled: bool):
+def torch_model(tied: bool, scaled: bool, seed: int = 0):
     config = transformers.T5Config(
         vocab_size=CONFIG.vocab_size,
         d_model=CONFIG.emb_dim,
@@ -41,7 +41,7 @@ def torch_model(tied: bool, scaled: bool):
     model = transformers.T5ForConditionalGeneration(config)
     if not tied:
         model.lm_head.weight = torch.nn.Parameter(torch.empty(CONFIG.vocab_size, CONFIG.emb_dim))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
