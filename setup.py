@@ -62,6 +62,7 @@ setuptools.setup(
             "hypothesis>=6.100",
             "mypy>=1.11",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ranx>=0.3.20",
             "ruff>=0.6",
             "scikit-learn>=1.5",
