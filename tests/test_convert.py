@@ -299,6 +299,16 @@ def test_tokenizer_files_of_a_folder_are_kept(folder, convert, tmp_path):
     assert training.read_identity(str(tmp_path / "own"))["vocabulary"] == fingerprint
 
 
+def test_a_vocabulary_that_was_not_known_can_be_given_later(convert, tmp_path, shop_words):
+    config = dataclasses.replace(SMALL, vocab_size=384)
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape, np.float32), t5.abstract_params(config))
+    write_folder(tmp_path / "first", huggingface.unload_params(params, config), SMALL_JSON | {"vocab_size": 384})
+    convert(tmp_path / "first", tmp_path / "ours", "recalign")
+    convert(tmp_path / "ours", tmp_path / "again", "huggingface", "--vocabulary", shop_words.path)
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "again")) == shop_words.num_tokens
+
+
 def test_t5_vocabulary_is_written_as_flan_t5_has_it(convert, tmp_path):
     """All 32,128 rows of a pretrained model are kept: nothing says which of them are tokens."""
     config = dataclasses.replace(SMALL, vocab_size=32128)

@@ -72,7 +72,7 @@ def _check_trained_for(spec: TaskSpec, checkpoint_path: str) -> None:
     trained = checkpointing.read_identity(checkpoint_path)
     item_format = spec.catalog.item_format
     formats = {name.split()[-1] for name in trained if name.startswith("catalog ")}
-    if trained["vocabulary"] not in (spec.vocabulary.fingerprint, "unknown"):
+    if trained.get("vocabulary", spec.vocabulary.fingerprint) != spec.vocabulary.fingerprint:
         raise InputError(
             f"Checkpoint {checkpoint_path} was trained with another vocabulary than {spec.vocabulary.path}."
         )

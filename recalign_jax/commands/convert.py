@@ -95,4 +95,4 @@ def _identity(checkpoint: Checkpoint, path: str, words: Vocabulary | None) -> di
     """What one of our own checkpoints says of its run: that of the input, whose adapters are merged now."""
     known = {"vocabulary": words.fingerprint} if words else {}
     kept = {name: value for name, value in checkpoint.identity.items() if name not in ("base", "lora")}
-    return {"vocabulary": "unknown", **known, **kept, "converted from": path}
+    return {**known, **kept, "converted from": path}
