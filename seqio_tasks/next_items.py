@@ -27,22 +27,19 @@ def choice(spec: TaskSpec, split: str, index: int, random: np.random.Generator, 
     wording = writing.draw_wording(spec, split, random)
     history = writing.displays(spec, query.history)
     others = writing.neighbours(spec, query.history, query.user)
-
-    def write(items: np.ndarray) -> tuple[np.ndarray, int]:
-        shown = [spec.displays.of(item) for item in items]
-        return writing.prompt(spec, wording, history, limits.inputs, candidates=shown, neighbours=others)
-
     if split == "train":
         met = corpus.training_sequence(query.user)
         count = 1 if spec.family == "bpr" else options.ranking_candidates - 1
         found = candidates.negatives(corpus, query.target, met, count, random, options.negatives)
         chosen = np.append(np.int32(query.target), found)
-        _, fitting = write(chosen)
+        shown = [spec.displays.of(item) for item in chosen]
+        fitting = writing.num_candidates(spec, wording, history, limits.inputs, shown)
         chosen = random.permutation(chosen[: max(fitting, 1)])
     else:
         count = 1 if spec.family == "bpr" else options.test_negatives
         chosen = candidates.held_out_candidates(corpus, split, query.user, query.target, count, options.candidate_seed)
-    inputs, _ = write(chosen)
+    shown = [spec.displays.of(item) for item in chosen]
+    inputs = writing.prompt(spec, wording, history, limits.inputs, candidates=shown, neighbours=others)
     return Sample(inputs, writing.target(spec, [query.target]))
 
 
@@ -79,7 +76,7 @@ def rating(spec: TaskSpec, split: str, index: int, random: np.random.Generator, 
             for item, rating in zip(history, ratings, strict=True)
         ]
     asked = spec.displays.of(query.target)
-    inputs, _ = writing.prompt(spec, writing.draw_wording(spec, split, random), history, limits.inputs, item=asked)
+    inputs = writing.prompt(spec, writing.draw_wording(spec, split, random), history, limits.inputs, item=asked)
     return Sample(inputs, np.append(writing.rating_tokens(words, query.rating), np.int32(EOS_ID)))
 
 

@@ -40,7 +40,7 @@ def mim(spec: TaskSpec, split: str, index: int, random: np.random.Generator, lim
     if not masked.any():
         masked[-1] = True  # the masked items were all among those that had to go
     items = [words.masked_item if hide else item for item, hide in zip(items, masked, strict=True)]
-    return Sample(writing.prompt(spec, wording, items, limits.inputs)[0], writing.target(spec, window[masked]))
+    return Sample(writing.prompt(spec, wording, items, limits.inputs), writing.target(spec, window[masked]))
 
 
 def _masks(spec: TaskSpec, split: str, length: int, random: np.random.Generator) -> np.ndarray:
@@ -95,7 +95,7 @@ def mlm(spec: TaskSpec, split: str, index: int, random: np.random.Generator, lim
         spec.vocabulary.num_tokens - 1,
         random,
     )
-    return Sample(writing.prompt(spec, wording, [text], limits.inputs)[0], np.append(spans, np.int32(EOS_ID)))
+    return Sample(writing.prompt(spec, wording, [text], limits.inputs), np.append(spans, np.int32(EOS_ID)))
 
 
 def shortest_mlm(spec: TaskSpec) -> dict[str, int]:

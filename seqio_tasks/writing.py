@@ -100,8 +100,8 @@ def prompt(
     candidates: Sequence[np.ndarray] = (),
     item: np.ndarray | None = None,
     neighbours: Sequence[np.ndarray] = (),
-) -> tuple[np.ndarray, int]:
-    """Fills a wording of a task's family.
+) -> np.ndarray:
+    """Fills a wording of a task's family: tokens int32 [L], with end of sequence.
 
     Args:
       spec: the task.
@@ -112,14 +112,11 @@ def prompt(
       candidates: tokens of each candidate.
       item: tokens of the item that is asked about.
       neighbours: tokens of each neighbour, written behind the history if there are any.
-
-    Returns:
-      (tokens int32 [L], with end of sequence; number of candidates in it).
     """
     words = words_of(spec)
     room = limit - words.sizes[spec.wordings][wording] - (0 if item is None else len(item))
     newest = len(history[-1]) if history else 0
-    candidates = candidates[: _num_fitting(words, candidates, room - newest)]
+    candidates = candidates[: num_candidates(spec, wording, history, limit, candidates)]
     room -= _joined_size(words, candidates)
     neighbours = neighbours[: _num_fitting(words, neighbours, room - newest - len(words.neighbours))]
     if neighbours:
@@ -134,7 +131,16 @@ def prompt(
         parts += joined(words, slots[part])
         if part == HISTORY and neighbours:
             parts += [words.neighbours, *joined(words, neighbours)]
-    return np.concatenate([*parts, _END]), len(candidates)
+    return np.concatenate([*parts, _END])
+
+
+def num_candidates(
+    spec: TaskSpec, wording: int, history: Sequence[np.ndarray], limit: int, candidates: Sequence[np.ndarray]
+) -> int:
+    """How many of the first candidates fit beside the newest item of the history; the arguments are `prompt`'s."""
+    words = words_of(spec)
+    newest = len(history[-1]) if history else 0
+    return _num_fitting(words, candidates, limit - words.sizes[spec.wordings][wording] - newest)
 
 
 def held_out_wording(spec: TaskSpec) -> int:
@@ -156,7 +162,7 @@ def question_size(spec: TaskSpec) -> int:
 
 def history_prompt(spec: TaskSpec, wording: int, history: np.ndarray, user: int, limit: int) -> np.ndarray:
     """The retrieval prompt for item numbers, oldest first: int32 [L], with end of sequence."""
-    return prompt(spec, wording, displays(spec, history), limit, neighbours=neighbours(spec, history, user))[0]
+    return prompt(spec, wording, displays(spec, history), limit, neighbours=neighbours(spec, history, user))
 
 
 def displays(spec: TaskSpec, items: np.ndarray) -> list[np.ndarray]:

@@ -52,11 +52,6 @@ def whole(array: Array) -> np.ndarray:
     return array[tuple(slice(0, size) for size in array.shape)]
 
 
-def size_in_bytes(array: Array) -> int:
-    """Bytes that an array takes in memory."""
-    return int(np.prod(array.shape, dtype=np.int64)) * np.dtype(array.dtype).itemsize
-
-
 def place(array: Array, target: jax.ShapeDtypeStruct) -> jax.Array:
     """Puts an array onto the devices of `target.sharding`; every shard is read by itself, and by its process alone.
 

@@ -144,10 +144,7 @@ def _merged(
 ) -> dict[str, Array]:
     base = open_base(path, told)
     params = our_params(base, config or base.config, told["seed"])
-    if lora.fingerprint(params) != told["fingerprint"]:
-        raise InputError(
-            f"{path} holds adapters of {told['path']}, which has other parameters now than when they were trained."
-        )
+    check_base(path, told, params)
 
     def merged(kernel: Array, a: Array, b: Array) -> LazyArray:
         def read(index: Index) -> np.ndarray:
@@ -168,6 +165,14 @@ def open_base(path: str, told: Mapping[str, Any]) -> Checkpoint:
     if pathlib.Path(told["path"]).is_absolute() and not pathlib.Path(told["path"]).exists():
         raise InputError(f"{path} holds adapters of {told['path']}, which is not there. Put it back, or a link to it.")
     return open_checkpoint(told["path"])
+
+
+def check_base(path: str, told: Mapping[str, Any], params: Any) -> None:
+    """Raises InputError when `params` are not those that the adapters in the checkpoint at `path` were trained on."""
+    if lora.fingerprint(params) != told["fingerprint"]:
+        raise InputError(
+            f"{path} holds adapters of {told['path']}, which has other parameters now than when they were trained."
+        )
 
 
 # ---------------------------------------------------------------- a vocabulary that grew

@@ -9,7 +9,7 @@ import jax
 from recalign_jax import partitioning
 from recalign_jax.checkpoint import stacking, training
 from recalign_jax.checkpoint.arrays import place
-from recalign_jax.checkpoint.formats import open_base, open_checkpoint, our_params
+from recalign_jax.checkpoint.formats import check_base, open_base, open_checkpoint, our_params
 from recalign_jax.errors import InputError
 from recalign_jax.model import lora
 from recalign_jax.model.config import T5Config
@@ -78,10 +78,7 @@ def load_trained(path: str, config: T5Config, params: Any) -> tuple[Any, int]:
         return training.load_params(path, params)
     options, told = LoraOptions(**identity["lora"]), identity["base"]
     base = _placed(our_params(open_base(path, told), config, told["seed"]), params)
-    if lora.fingerprint(base) != told["fingerprint"]:
-        raise InputError(
-            f"{path} holds adapters of {told['path']}, which has other parameters now than when they were trained."
-        )
+    check_base(path, told, base)
     adapters = jax.eval_shape(lambda key: lora.init_adapters(params, options, key), jax.random.key(0))
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     trained, step = training.load_params(path, partitioning.with_shardings(adapters, mesh))
