@@ -31,7 +31,7 @@ from recalign_jax.checkpoint.initial import load_initial
 from recalign_jax.model import t5
 from recalign_jax.training import packing
 from recalign_jax.training.optimizer import make_optimizer
-from recalign_jax.training.step import TrainState, make_train_step
+from recalign_jax.training.step import StepOptions, TrainState, make_train_step
 
 LEARNING_RATE, WEIGHT_DECAY, Z_LOSS = 1e-3, 0.01, 1e-4
 LENGTH, TARGET_LENGTH = 24, 12
@@ -93,7 +93,7 @@ def train_ours(folder: pathlib.Path, batches: list[tuple[list[np.ndarray], list[
     mesh = partitioning.make_mesh({}, jax.devices()[:1])
     params = load_initial(str(folder), config, 0, partitioning.with_shardings(t5.abstract_params(config), mesh))
     optimizer = make_optimizer("adamw", LEARNING_RATE, WEIGHT_DECAY)
-    step = jax.jit(make_train_step(t5.graph(config), optimizer, Z_LOSS, 1, 0), donate_argnums=0)
+    step = jax.jit(make_train_step(t5.graph(config), optimizer, StepOptions(Z_LOSS), 1, 0), donate_argnums=0)
     state = TrainState(jnp.int32(0), params, optimizer.init(params))
     losses, started = [], 0.0
     for number, (inputs, targets) in enumerate(batches):

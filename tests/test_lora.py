@@ -23,8 +23,7 @@ from recalign_jax.model.layers import Dense
 from recalign_jax.model.lora import LoraOptions
 from recalign_jax.training import packing
 from recalign_jax.training.optimizer import make_optimizer
-from recalign_jax.training.step import TrainState, make_train_step
-from recalign_jax.training.train import state_shardings
+from recalign_jax.training.step import StepOptions, TrainState, make_train_step, state_shardings
 from tests.test_commands import FAST, FINETUNE, eval_arguments, folder, shop  # noqa: F401 (fixtures)
 
 FAST_COMPILATION = {"xla_backend_optimization_level": 0}
@@ -139,7 +138,8 @@ def test_merged_forward_is_that_of_layers_with_a_branch(base, adapters, monkeypa
 def trained(base, batch, optimizer, steps, seed=0):
     """(states, losses) of training adapters."""
     step = jax.jit(
-        make_train_step(t5.graph(CONFIG), optimizer, 1e-4, 1, seed, OPTIONS), compiler_options=FAST_COMPILATION
+        make_train_step(t5.graph(CONFIG), optimizer, StepOptions(1e-4), 1, seed, OPTIONS),
+        compiler_options=FAST_COMPILATION,
     )
     params = lora.init_adapters(base, OPTIONS, jax.random.key(seed))
     states, losses = [TrainState(jnp.int32(0), params, optimizer.init(params))], []
@@ -172,7 +172,9 @@ def test_the_first_gradient_is_the_whole_kernels(base, batch):
     rate = 0.1
     states, _ = trained(base, batch, optax.sgd(rate), 1)
     whole = TrainState(jnp.int32(0), base, optax.sgd(rate).init(base))
-    step = jax.jit(make_train_step(t5.graph(CONFIG), optax.sgd(rate), 1e-4, 1, 0), compiler_options=FAST_COMPILATION)
+    step = jax.jit(
+        make_train_step(t5.graph(CONFIG), optax.sgd(rate), StepOptions(1e-4), 1, 0), compiler_options=FAST_COMPILATION
+    )
     after, before = flat(step(whole, batch)[0].params), flat(base)
     for path in KERNELS:
         a, b = (flat(states[i].params)[f"{path}/{part}"] for i, part in ((0, "a"), (1, "b")))
@@ -257,7 +259,7 @@ def test_every_mesh_trains_the_same_adapters(base, batch, optimizer):
         if "model" in shape:
             assert query["a"].sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", None)
             assert query["b"].sharding.spec == jax.sharding.PartitionSpec(None, None, "model")
-        step = jax.jit(make_train_step(t5.graph(CONFIG), made, 1e-4, 1, 0, OPTIONS))
+        step = jax.jit(make_train_step(t5.graph(CONFIG), made, StepOptions(1e-4), 1, 0, OPTIONS))
         for _ in range(3):
             state, _ = step(state, batch, on_mesh)
         for path, array in flat(state.params).items():

@@ -10,7 +10,7 @@ from flax import nnx
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
 from recalign_jax.training import losses, packing
-from recalign_jax.training.step import TrainState, loss_and_sums, make_eval_step, make_train_step
+from recalign_jax.training.step import StepOptions, TrainState, loss_and_sums, make_eval_step, make_train_step
 
 VOCAB, NUM_TASKS, LENGTH, TARGET_LENGTH = 40, 3, 24, 12
 CONFIG = T5Config(
@@ -188,7 +188,7 @@ def stepped(window):
     graphdef, state = nnx.split(Toy())
     batch, optimizer = packed(window, "samples"), optax.sgd(LEARNING_RATE)
     params = nnx.to_pure_dict(state)
-    steps = [jax.jit(make_train_step(graphdef, optimizer, 0.01, NUM_TASKS, seed)) for seed in (0, 1)]
+    steps = [jax.jit(make_train_step(graphdef, optimizer, StepOptions(0.01), NUM_TASKS, seed)) for seed in (0, 1)]
 
     def run(number: int, seed: int):
         before = TrainState(jnp.int32(number), params, optimizer.init(params))

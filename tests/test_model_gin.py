@@ -14,7 +14,7 @@ from recalign_jax import gin_config  # noqa: F401  where gin looks for included 
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
 from recalign_jax.training.optimizer import make_optimizer
-from recalign_jax.training.step import TrainState, make_train_step
+from recalign_jax.training.step import StepOptions, TrainState, make_train_step
 from tests.shared_data import shared
 
 FILES = pathlib.Path(__file__).resolve().parents[1] / "gin_configs" / "models"
@@ -157,7 +157,7 @@ def test_every_size_trains_abstractly(config_of, name):
     tokens |= {key: jax.ShapeDtypeStruct((2, 16), jnp.int32) for key in DECODER}
     batch = tokens | {"decoder_loss_weights": jax.ShapeDtypeStruct((2, 16), jnp.float32)}
     before = jax.eval_shape(initialize, jax.random.key(0))
-    after, sums = jax.eval_shape(make_train_step(t5.graph(config), optimizer, 1e-4, 3, 0), before, batch)
+    after, sums = jax.eval_shape(make_train_step(t5.graph(config), optimizer, StepOptions(1e-4), 3, 0), before, batch)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), before
     )

@@ -24,6 +24,7 @@ from recalign_jax.model.lora import LoraOptions
 from recalign_jax.recommender import DecodingOptions, make_recommender
 from recalign_jax.training.input_pipeline import InputOptions
 from recalign_jax.training.optimizer import make_optimizer
+from recalign_jax.training.step import StepOptions
 from recalign_jax.training.train import Evaluator, TrainOptions, train
 from seqio_tasks import components as task_components
 from seqio_tasks import specs, task_names
@@ -114,6 +115,7 @@ def train_command(
     return train(
         options,
         input_options,
+        StepOptions(),
         config,
         make_optimizer(),
         mesh,

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from recalign_jax import partitioning, terminal
 from recalign_jax.checkpoint import training as checkpointing
@@ -26,8 +25,14 @@ from recalign_jax.model.config import T5Config
 from recalign_jax.model.lora import LoraOptions
 from recalign_jax.training import input_pipeline, log
 from recalign_jax.training.input_pipeline import InputOptions
-from recalign_jax.training.optimizer import state_specs
-from recalign_jax.training.step import TrainState, make_eval_step, make_train_step
+from recalign_jax.training.step import (
+    StepOptions,
+    TrainState,
+    abstract_state,
+    jit_train_step,
+    make_eval_step,
+    make_train_step,
+)
 from seqio_tasks.components import Component
 
 VALIDATION_BATCHES, VALIDATION_WINDOW = 8, 256
@@ -45,7 +50,6 @@ class TrainOptions:
       model_dir: where everything goes; if it has a checkpoint, training goes on from there.
       train_steps: optimizer steps of the whole run.
       seed: of initialization, dropout, order and random parts of samples.
-      z_loss: coefficient of the z-loss.
       log_period: steps between two logged ones.
       eval_period: steps between evaluations; 0 for none, and the last step is always evaluated otherwise.
       checkpoint_period: steps between checkpoints; the last step is always saved.
@@ -56,7 +60,6 @@ class TrainOptions:
     model_dir: str
     train_steps: int = 1000
     seed: int = 0
-    z_loss: float = 1e-4
     log_period: int = 20
     eval_period: int = 0
     checkpoint_period: int = 500
@@ -72,6 +75,7 @@ class TrainOptions:
 def train(
     options: TrainOptions,
     input_options: InputOptions,
+    step_options: StepOptions,
     config: T5Config,
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
@@ -87,6 +91,7 @@ def train(
     Args:
       options: of the run.
       input_options: of the batches.
+      step_options: of the step.
       config: of the model, with its vocabulary's size.
       optimizer: from `make_optimizer`.
       components: the tasks of the mixture and their rates.
@@ -106,23 +111,9 @@ def train(
     # ---------------------------------------------------------------- model and optimizer, as shapes and shardings
     graphdef = t5.graph(config)
 
-    def initialize(key: jax.Array) -> TrainState:
-        if base is None:
-            params = t5.init_params(config, key)
-        else:
-            params = lora.init_adapters(t5.abstract_params(config), lora_options, key)
-        return TrainState(jnp.int32(0), params, optimizer.init(params))
-
-    abstract_state = jax.eval_shape(initialize, jax.random.key(0))
-    shardings = state_shardings(abstract_state, optimizer, mesh)
+    initialize, state_shapes = abstract_state(config, optimizer, mesh, lora_options)
     batch_sharding = partitioning.batch_sharding(mesh)
-    abstract_state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract_state,
-        shardings,
-    )
-
-    terminal.say(_what_is_trained(abstract_state.params, base))
+    terminal.say(_what_is_trained(state_shapes.params, base))
 
     # ---------------------------------------------------------------- input streams
     stream = input_pipeline.make_stream(components, "train", options.seed, input_options)
@@ -145,26 +136,24 @@ def train(
             return _result({"step": first_step, **(log.read(options.model_dir) or [{}])[-1]}, options.model_dir)
         positions = np.asarray(metadata["positions"], np.int64)
         params, (opt_state, step) = checkpointing.restore(
-            checkpoints, first_step, abstract_state.params, (abstract_state.opt_state, abstract_state.step)
+            checkpoints, first_step, state_shapes.params, (state_shapes.opt_state, state_shapes.step)
         )
         state = TrainState(step, params, opt_state)
         terminal.say(f"Resuming {options.model_dir} at step {first_step}.")
     else:
         # Every shard is drawn on the device that keeps it.
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shapes)
         state = jax.jit(initialize, out_shardings=shardings)(jax.random.key(options.seed))
         if initial_params is not None:
-            state = state._replace(params=initial_params(abstract_state.params))
+            state = state._replace(params=initial_params(state_shapes.params))
     batches = _on_device(
         input_pipeline.PackedBatches(stream, positions, jax.process_index(), jax.process_count()), batch_sharding
     )
 
     # ---------------------------------------------------------------- the compiled steps
     num_tasks = len(stream.tasks)
-    train_step = jax.jit(
-        make_train_step(graphdef, optimizer, options.z_loss, num_tasks, options.seed, lora_options),
-        in_shardings=(shardings, batch_sharding, None),
-        out_shardings=(shardings, None),
-        donate_argnums=0,
+    train_step = jit_train_step(
+        make_train_step(graphdef, optimizer, step_options, num_tasks, options.seed, lora_options), state_shapes, mesh
     )
     eval_step = jax.jit(make_eval_step(graphdef, num_tasks), in_shardings=(None, batch_sharding))
     base_shardings = jax.tree.map(lambda leaf: leaf.sharding, base)
@@ -216,14 +205,6 @@ def train(
     checkpoints.close()
     run_log.close()
     return _result({**record, "step": step, "tokens_per_second": speed.overall()}, options.model_dir)
-
-
-def state_shardings(state: TrainState, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
-    """How a train state is laid out over the mesh; `state` is arrays or their shapes."""
-    specs = partitioning.param_specs(state.params, mesh)
-    tree: Any = (PartitionSpec(), specs, state_specs(optimizer, state.params, specs))
-    named = jax.tree.map(lambda spec: NamedSharding(mesh, spec), tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
-    return TrainState(*named)
 
 
 def _what_is_trained(params: Any, base: Any) -> str:
