@@ -8,6 +8,9 @@ ROOT = pathlib.Path(__file__).parent
 # Beam holds protobuf below 7, for which later versions of sentencepiece are too new.
 BEAM = ["apache-beam>=2.77,<3", "sentencepiece>=0.2,<0.2.2"]
 
+# The TPU compiler, in the version that jax[tpu] takes.
+PLAN = "libtpu>=0.0.42,<0.0.43"
+
 
 def gin_files() -> list[tuple[str, list[str]]]:
     """The gin files as (folder in the installation, files), folder by folder."""
@@ -60,6 +63,7 @@ setuptools.setup(
         "test": [
             *BEAM,
             "hypothesis>=6.100",
+            PLAN,
             "mypy>=1.11",
             "pytest>=8",
             "pytest-xdist>=3.6",
@@ -73,5 +77,6 @@ setuptools.setup(
         "t5x": ["cached_property>=2.0", "chex>=0.1.92", "fiddle>=0.3.1", "jaxtyping>=0.3.11", "tensorboard>=2.21"],
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
+        "plan": [PLAN],
     },
 )

@@ -29,6 +29,12 @@ class RunError(RecalignError):
     """A run that started well and failed. Exit status 1."""
 
 
+class Preempted(RecalignError):
+    """A run that was told to leave (SIGTERM) and goes on with the same command. Exit status 75, EX_TEMPFAIL."""
+
+    exit_status = 75
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns ` Did you mean 'x'?` for the known name nearest to `name`, or an empty string."""
     nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -1,23 +1,27 @@
 """The device mesh, and which dimension of which array is split over which of its axes.
 
 Two tables say it all: `PARAMETER_AXES` names the dimensions of every parameter, `MESH_AXES` maps those names to the
-mesh. Optimizer state follows its parameter (`training.optimizer.state_specs`); batches are split by rows.
+mesh. Optimizer state follows its parameter (`training.optimizer.state_specs`); batches are split by rows. The model
+names the dimensions of its activations itself, where it calls `constrain`.
 """
 
+import functools
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from recalign_jax.errors import InputError, did_you_mean
 
 AXES = ("data", "fsdp", "model")
 
 # Logical axis -> mesh axis. 'data' splits batches only, 'fsdp' batches and parameters, 'model' the width of layers.
-MESH_AXES: dict[str, str | None] = {
+MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
     "layers": None,
     "vocab": "model",
     "embed": "fsdp",
@@ -84,6 +88,32 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Lays out x over the mesh of `on_mesh`; without one, or on one device, x stays as it is.
+
+    Left to itself XLA splits activations as the parameters are split: by width, every device holding all rows.
+
+    Args:
+      x: an activation.
+      axes: the logical axis of each of its dimensions, None for one that is not split.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, _spec(axes, x.shape, mesh))
+
+
+def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Returns the function with `constrain` meaning this mesh while it is traced."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return wrapped
+
+
 def param_specs(params: Any, mesh: Mesh) -> Any:
     """Returns the PartitionSpec of every parameter of a model.
 
@@ -103,10 +133,20 @@ def param_specs(params: Any, mesh: Mesh) -> Any:
         rows = [axes for pattern, axes in PARAMETER_AXES if re.fullmatch(pattern, name)]
         if len(rows) != 1 or len(rows[0]) != leaf.ndim:
             raise ValueError(f"{name!r} of rank {leaf.ndim} needs one row in PARAMETER_AXES, found {rows}")
-        split = zip((MESH_AXES[axis] for axis in rows[0]), leaf.shape, strict=True)
-        return PartitionSpec(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in split))
+        return _spec(rows[0], leaf.shape, mesh)
 
     return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def _spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """Logical axes as those of the mesh; a dimension that they don't divide evenly is not split."""
+
+    def entry(axis: str | None, size: int) -> str | tuple[str, ...] | None:
+        split = MESH_AXES[axis] if axis else None
+        names = (split,) if isinstance(split, str) else split or ()
+        return split if size % math.prod(mesh.shape[name] for name in names) == 0 else None
+
+    return PartitionSpec(*map(entry, axes, shape))
 
 
 def with_shardings(params: Any, mesh: Mesh) -> Any:
@@ -120,7 +160,7 @@ def with_shardings(params: Any, mesh: Mesh) -> Any:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of arrays [B, ...]: rows are split over 'data' and 'fsdp', whose product must divide B."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(MESH_AXES["batch"]))
 
 
 def check_batch_size(macro: str, batch_size: int, mesh: Mesh) -> None:

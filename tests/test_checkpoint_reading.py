@@ -41,7 +41,7 @@ def folders(params, tmp_path_factory):
     """The same parameters as a Hugging Face folder, and as one of our own checkpoints."""
     root = tmp_path_factory.mktemp("checkpoints")
     write_folder(root / "huggingface", huggingface.unload_params(params, CONFIG), JSON, files=3)
-    with training.open_checkpoints(str(root / "recalign")) as checkpoints:
+    with training.open_checkpoints(str(root / "recalign"), keep=3) as checkpoints:
         metadata = {"identity": {}, "model": dataclasses.asdict(CONFIG), "positions": []}
         training.save(checkpoints, 3, params, {"count": np.int32(3)}, metadata)
     return root

@@ -2,16 +2,12 @@
 
 import json
 import pathlib
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 
 from recalign_jax import cli
-from recalign_jax.checkpoint import training as checkpointing
+from recalign_jax.checkpoint import saved, stacking
 from tests.corpora import write_tables
 
 USERS, ITEMS, LENGTH = 60, 40, 8
@@ -44,15 +40,9 @@ class Shop:
     def params(self, model_dir: str, step: int) -> list[np.ndarray]:
         import jax
 
-        with checkpointing.open_checkpoints(str(self.folder / model_dir), keep=None) as checkpoints:
-            shapes = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
-                checkpoints.item_metadata(step)["params"].tree,
-            )
-        return [
-            np.asarray(leaf)
-            for leaf in jax.tree.leaves(checkpointing.load_params(str(self.folder / model_dir), shapes)[0])
-        ]
+        path = str(self.folder / model_dir / "checkpoints" / str(step))
+        shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in saved.read_arrays(path).items()}
+        return jax.tree.leaves(jax.device_get(saved.load_params(path, stacking.unflatten(shapes))[0]))
 
 
 @pytest.fixture(scope="module")
@@ -244,27 +234,6 @@ def test_resuming_gives_the_same_parameters_bit_for_bit(shop, trained):
         np.testing.assert_array_equal(uninterrupted, resumed)
     steps = [json.loads(line)["step"] for line in (shop.folder / "stopped" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
-
-
-def test_resuming_after_kill(shop):
-    steps = ("--gin.TRAIN_STEPS=60", "--gin.CHECKPOINT_PERIOD=10")
-    shop.train("calm", *steps)
-    where = (f"--gin.MODEL_DIR={shop.folder / 'killed'}", "--gin.MIXTURE_OR_TASK_NAME=shop_retrieval_aligned_token")
-    command = [sys.executable, "-m", "recalign_jax.cli", "train", "--data_dir", str(shop.folder)]
-    process = subprocess.Popen(
-        [*command, *FINETUNE, *FAST, *where, shop.vocabulary, *steps],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    log = shop.folder / "killed" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and '"step": 2' in log.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert shop.train("killed", *steps)["step"] == 60
-    for uninterrupted, resumed in zip(shop.params("calm", 60), shop.params("killed", 60), strict=True):
-        np.testing.assert_array_equal(uninterrupted, resumed)
 
 
 def test_resuming_with_other_values_is_refused(shop, trained):

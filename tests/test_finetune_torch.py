@@ -9,7 +9,7 @@ import pytest
 
 from recalign_jax.checkpoint import huggingface, stacking, t5x
 from recalign_jax.model import t5
-from recalign_jax.training.step import loss_and_sums
+from recalign_jax.training.step import StepOptions, loss_sums
 from tests.shared_data import shared
 from tests.test_checkpoint_formats import T5X_TINY
 from tests.test_model_torch import CONFIG, batch, our_params, torch, torch_logits, torch_model  # noqa: F401 (fixture)
@@ -34,7 +34,12 @@ def rows(encoder, decoder_inputs, targets):
 
 def loss(config, z_loss):
     """Parameters, batch -> (mean loss, sums), as the train step has it."""
-    return lambda params, one: loss_and_sums(t5.graph(config), params, one, z_loss, 1, None)
+
+    def of(params, one):
+        sums = loss_sums(t5.graph(config), params, one, StepOptions(z_loss), 1, None)
+        return (sums["loss"] + sums["z_loss"]) / sums["weight"], sums
+
+    return of
 
 
 @pytest.mark.parametrize("kind", ["legacy", "orbax"])

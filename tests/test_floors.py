@@ -15,9 +15,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 ROOMS = (
     {  # 0: what everything may use; one room
         *("recalign_jax.errors", "recalign_jax.files", "recalign_jax.terminal", "recalign_jax.gin_config"),
-        "recalign_jax.__init__",
+        *("recalign_jax.partitioning", "recalign_jax.distributed", "recalign_jax.roll_call", "recalign_jax.__init__"),
     },
-    {"recalign_jax.corpus", "recalign_jax.model", "recalign_jax.metrics", "recalign_jax.partitioning"},
+    {"recalign_jax.corpus", "recalign_jax.model", "recalign_jax.metrics", "recalign_jax.hardware"},
     {"seqio_tasks", "recalign_jax.decoding", "recalign_jax.checkpoint"},
     {"recalign_jax.evaluation", "recalign_jax.inference", "recalign_jax.recommender"},
     {"recalign_jax.training"},

@@ -14,8 +14,8 @@ import pytest
 from flax import nnx, traverse_util
 
 from recalign_jax import cli, partitioning
-from recalign_jax.checkpoint import initial
-from recalign_jax.checkpoint import training as checkpointing
+from recalign_jax.checkpoint import initial, saved
+from recalign_jax.checkpoint.fingerprints import fingerprint
 from recalign_jax.errors import InputError
 from recalign_jax.model import lora, t5
 from recalign_jax.model.config import T5Config
@@ -207,14 +207,14 @@ def test_full_rank_can_be_any_update():
 
 
 def test_fingerprint_notices_any_bit_and_place(base):
-    whole = lora.fingerprint(base)
-    assert whole == lora.fingerprint(jax.tree.map(jnp.array, base))
+    whole = fingerprint(base)
+    assert whole == fingerprint(jax.tree.map(jnp.array, base))
     path = ("decoder", "layers", "mlp", "wo", "kernel")
 
     def changed(change):
         copy = traverse_util.flatten_dict(base)
         copy[path] = change(copy[path].copy())
-        return lora.fingerprint(traverse_util.unflatten_dict(copy))
+        return fingerprint(traverse_util.unflatten_dict(copy))
 
     def flip(array):
         array.view(np.uint32)[1, 2, 3] ^= 1
@@ -250,7 +250,7 @@ def test_every_mesh_trains_the_same_adapters(base, batch, optimizer):
         on_mesh = jax.tree.map(
             lambda leaf, like: jax.device_put(leaf, like.sharding), base, partitioning.with_shardings(base, mesh)
         )
-        assert lora.fingerprint(on_mesh) == lora.fingerprint(base)
+        assert fingerprint(on_mesh) == fingerprint(base)
         made = make_optimizer(optimizer, 0.02)
         params = lora.init_adapters(base, OPTIONS, jax.random.key(0))
         state = TrainState(jnp.int32(0), params, made.init(params))
@@ -299,7 +299,7 @@ def train(shop, trained_base):  # noqa: F811
 
 def parameters(model_dir: pathlib.Path, load):
     """Whole parameters of a checkpoint, flat."""
-    rows = checkpointing.read_arrays(str(model_dir.parent / "lora_base"))["token_embedder/embedding"].shape[0]
+    rows = saved.read_arrays(str(model_dir.parent / "lora_base"))["token_embedder/embedding"].shape[0]
     config = T5Config(
         emb_dim=64, num_heads=4, head_dim=16, num_encoder_layers=2, num_decoder_layers=2, mlp_dim=160, vocab_size=rows
     )
@@ -315,7 +315,7 @@ def first(path, config, shapes):
 def test_train_resume_and_evaluate(shop, train, trained_base, adapted):  # noqa: F811
     records = [json.loads(line) for line in (adapted / "metrics.jsonl").read_text().splitlines()]
     assert "validation_recall@10" in records[-1]
-    stored = checkpointing.read_arrays(str(adapted))  # adapters, and nothing of the base
+    stored = saved.read_arrays(str(adapted))  # adapters, and nothing of the base
     assert stored
     assert all(path.split("/")[-3] in ("query", "value") for path in stored)
 

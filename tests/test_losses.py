@@ -1,5 +1,7 @@
 """Losses against plain formulas, and packed batches against their samples one by one through a tiny model."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +9,22 @@ import optax
 import pytest
 from flax import nnx
 
-from recalign_jax.model import t5
+from recalign_jax.errors import InputError
+from recalign_jax.model import lora, t5
 from recalign_jax.model.config import T5Config
+from recalign_jax.model.lora import LoraOptions
 from recalign_jax.training import losses, packing
-from recalign_jax.training.step import StepOptions, TrainState, loss_and_sums, make_eval_step, make_train_step
+from recalign_jax.training.step import (
+    StepOptions,
+    TrainState,
+    accumulated,
+    check_divides,
+    loss_sums,
+    make_eval_step,
+    make_train_step,
+)
 
+FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
 VOCAB, NUM_TASKS, LENGTH, TARGET_LENGTH = 40, 3, 24, 12
 CONFIG = T5Config(
     emb_dim=16,
@@ -174,9 +187,12 @@ class Toy(nnx.Module):
     def __init__(self):
         self.kernel = nnx.Param(jax.random.normal(jax.random.key(0), (VOCAB, VOCAB)))
 
-    def __call__(self, inputs, decoder_inputs, encoder_segments, decoder_segments, dropout_key):
+    def hidden(self, inputs, decoder_inputs, encoder_segments, decoder_segments, dropout_key):
         logits = self.kernel[...][decoder_inputs]
         return logits * jax.random.bernoulli(dropout_key, 0.5, logits.shape)
+
+    def logits(self, hidden):
+        return hidden
 
 
 LEARNING_RATE = 0.1
@@ -208,10 +224,11 @@ def test_a_step_follows_the_gradient_of_the_mean_loss(stepped, window):
     before, after, sums = stepped(3, 0)
     key = jax.random.fold_in(jax.random.key(0, impl="rbg"), 3)
     batch = packed(window, "samples")
-    of_params = jax.jit(lambda params: loss_and_sums(graphdef, params, batch, 0.01, NUM_TASKS, key)[0])
+    of_params = jax.jit(lambda params: loss_sums(graphdef, params, batch, StepOptions(0.01), NUM_TASKS, key))
 
     def loss(params) -> float:
-        return float(of_params(params))
+        found = of_params(params)
+        return float((found["loss"] + found["z_loss"]) / found["weight"])
 
     assert int(after.step) == 4
     assert float(sums["steps"]) == 1
@@ -222,3 +239,85 @@ def test_a_step_follows_the_gradient_of_the_mean_loss(stepped, window):
     assert norm == pytest.approx(float(sums["gradient_norm"]), rel=1e-4)
     ahead, back = (loss({"kernel": before.params["kernel"] + sign * 0.01 * descent / norm}) for sign in (1, -1))
     assert (ahead - back) / 0.02 == pytest.approx(norm, rel=2e-3)
+
+
+# The same step in parts.
+
+
+def taken(window, options, rank=0):
+    """(state, sums) after one step of gradient descent on 24 rows, whole or in parts."""
+    config = dataclasses.replace(CONFIG, dropout_rate=0.0)
+    random = np.random.default_rng(2)
+    base = jax.tree.map(lambda leaf: random.normal(0, 0.3, leaf.shape).astype(np.float32), t5.abstract_params(config))
+    lora_options = LoraOptions(rank=rank)
+    params = base
+    if rank:
+        adapters = lora.init_adapters(base, lora_options, jax.random.key(0))
+        params = jax.tree.map(lambda leaf: random.normal(0, 0.3, leaf.shape).astype(np.float32), adapters)
+    rows = {name: jnp.pad(values, ((0, 3), (0, 0))) for name, values in packed(window, "samples").items()}
+    # Weights that differ between the microbatches: the mean of their means is not the mean.
+    rows["decoder_loss_weights"] *= jnp.linspace(0.1, 3, 24)[:, None]
+    optimizer = optax.sgd(LEARNING_RATE)
+    step = make_train_step(t5.graph(config), optimizer, options, NUM_TASKS, 0, lora_options)
+    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    return jax.device_get(jax.jit(step, compiler_options=FAST)(state, rows, base if rank else None))
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_step_in_parts_is_the_same_step(window, rank):
+    state, sums = taken(window, StepOptions(1e-2), rank)
+    for parts, chunks in ((2, 1), (4, 3), (1, 4)):
+        other, other_sums = taken(window, StepOptions(1e-2, parts, chunks), rank)
+        for name, value in sums.items():
+            np.testing.assert_allclose(other_sums[name], value, rtol=1e-6, err_msg=name)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+            found = other.params
+            for key in path:
+                found = found[key.key]
+            largest = np.abs(leaf).max()
+            np.testing.assert_allclose(found, leaf, rtol=0, atol=1e-6 * largest, err_msg=jax.tree_util.keystr(path))
+
+
+def test_microbatches_have_dropout_of_their_own():
+    batch = {"rows": jnp.zeros((8, 2))}
+    keys = []
+
+    def remember(params, rows, key):
+        jax.debug.callback(lambda data: keys.append(tuple(np.asarray(data))), jax.random.key_data(key))
+        return jnp.zeros(())
+
+    jax.jit(lambda batch: accumulated(remember, None, batch, jax.random.key(0, impl="rbg"), 4))(batch)
+    jax.effects_barrier()
+    assert len(set(keys)) == 4
+
+
+def test_chunks_hold_the_logits_of_one_part_at_a_time(window):
+    """Of the compiled gradient, temporaries shrink by nearly the logits that are not there."""
+    config = dataclasses.replace(CONFIG, vocab_size=8192, dropout_rate=0.0)
+    shapes = packing.batch_shapes(32, LENGTH, TARGET_LENGTH)
+
+    def temporaries(chunks: int) -> int:
+        def loss(params, batch):
+            return loss_sums(t5.graph(config), params, batch, StepOptions(0.0, 1, chunks), 1, None)["loss"]
+
+        compiled = jax.jit(jax.grad(loss)).lower(t5.abstract_params(config), shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    logits = 32 * TARGET_LENGTH * 8192 * 4
+    assert temporaries(1) - temporaries(6) > 0.8 * logits
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "message"),
+    [
+        ((1e-4, 0), 8, "GRADIENT_ACCUMULATION is 0"),
+        ((1e-4, 1, 2.5), 8, "LOGITS_CHUNKS is 2.5"),
+        ((1e-4, 3), 8, r"BATCH_SIZE is 8: must be a multiple of 3, .* times GRADIENT_ACCUMULATION \(3\)"),
+        ((1e-4, 1, 5), 8, "LOGITS_CHUNKS is 5: must divide the targets of TASK_FEATURE_LENGTHS, 12"),
+        ((1e-4,), 0, "BATCH_SIZE is 0"),
+    ],
+)
+def test_parts_that_do_not_divide_are_errors(options, rows, message):
+    mesh = jax.sharding.AbstractMesh((1, 1, 1), ("data", "fsdp", "model"))
+    with pytest.raises(InputError, match=message):
+        check_divides(StepOptions(*options), rows, TARGET_LENGTH, mesh)

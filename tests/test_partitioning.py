@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from recalign_jax import partitioning
+from recalign_jax import gin_config, partitioning
+from recalign_jax.commands.common import model_config
 from recalign_jax.errors import InputError
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
@@ -162,3 +163,14 @@ def test_parameters_are_drawn_where_they_stay_and_do_not_depend_on_the_mesh():
     kernel = split["encoder"]["layers"]["mlp"]["wo"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 8
     jax.tree.map(np.testing.assert_array_equal, split, whole)
+
+
+@pytest.mark.parametrize("tokens", [1, 32_100, 44_201])
+def test_vocabulary_rows_do_not_depend_on_the_mesh_and_every_mesh_splits_them(tokens):
+    gin_config.parse(["gin_configs/models/t5_tiny.gin"], [])
+    rows = model_config(tokens).vocab_size
+    assert 0 <= rows - tokens < 128
+    table = {"token_embedder": {"embedding": jax.ShapeDtypeStruct((rows, 64), "float32")}}
+    for model in (2, 8, 128):
+        spec = partitioning.param_specs(table, mesh_like(data=1, fsdp=1, model=model))["token_embedder"]["embedding"]
+        assert tuple(spec) == ("model", "fsdp")

@@ -27,7 +27,7 @@ from recalign_jax.commands.common import model_config
 from recalign_jax.errors import InputError
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
-from recalign_jax.training.step import loss_and_sums
+from recalign_jax.training.step import StepOptions, loss_sums
 from seqio_tasks import samples, specs, t5x_model, task_names
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -234,8 +234,8 @@ def test_loss_and_gradients_of_a_packed_batch_are_t5xs(t5x_network):
     rows["decoder_task_ids"] = jnp.zeros_like(rows["decoder_target_tokens"])
 
     def loss(params):
-        mean, sums = loss_and_sums(t5.graph(config), params, rows, 1e-4, 1, None)
-        return mean * sums["weight"]
+        sums = loss_sums(t5.graph(config), params, rows, StepOptions(1e-4), 1, None)
+        return sums["loss"] + sums["z_loss"]
 
     found, gradients = jax.value_and_grad(loss)(ours)
     weight = batch["decoder_loss_weights"].sum()

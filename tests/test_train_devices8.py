@@ -10,6 +10,7 @@ from recalign_jax import partitioning
 from recalign_jax.model.config import T5Config
 from recalign_jax.training.input_pipeline import InputOptions
 from recalign_jax.training.optimizer import make_optimizer
+from recalign_jax.training.preemption import Preemption
 from recalign_jax.training.step import StepOptions
 from recalign_jax.training.train import TrainOptions, train
 from seqio_tasks import specs
@@ -31,7 +32,7 @@ def losses(model_dir, mesh, corpus, words, optimizer) -> list[float]:
     )  # fmt: skip
     options = TrainOptions(model_dir=str(model_dir), train_steps=STEPS, log_period=1, checkpoint_period=STEPS)
     rows = InputOptions(task_feature_lengths={"inputs": 64, "targets": 16}, batch_size=16, window=256)
-    train(options, rows, StepOptions(), config, make_optimizer(optimizer, 1e-2), mesh, components, [], identity={})
+    train(options, rows, StepOptions(), config, make_optimizer(optimizer, 1e-2), mesh, components, [], {}, Preemption())
     return [json.loads(line)["loss"] for line in (model_dir / "metrics.jsonl").read_text().splitlines()]
 
 

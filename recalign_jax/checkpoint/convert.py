@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from recalign_jax import files, terminal
-from recalign_jax.checkpoint import export, training
+from recalign_jax.checkpoint import export, saved, streaming
 from recalign_jax.checkpoint.arrays import Array
 from recalign_jax.checkpoint.formats import HUGGING_FACE, RECALIGN, Checkpoint, our_params
 from recalign_jax.checkpoint.hub import TOKENIZER_FILES
@@ -27,7 +27,7 @@ def check_output(checkpoint: Checkpoint, output: pathlib.Path, overwrite: bool) 
         raise InputError(f"{output} is there already. Give another --output, or --overwrite.")
     if checkpoint.folder is not None and checkpoint.folder.resolve().is_relative_to(output.resolve()):
         raise InputError(f"{output} holds the input, which would be lost. Give another --output.")
-    if not (output / "config.json").is_file() and not (output / training.DIRECTORY).is_dir():
+    if not (output / "config.json").is_file() and not (output / saved.DIRECTORY).is_dir():
         raise InputError(f"{output} holds no checkpoint, so it is not overwritten. Give another --output.")
 
 
@@ -65,7 +65,7 @@ def convert(
     with files.atomic_directory(output) as aside, terminal.progress("convert", len(params), "parameters") as advance:
         if to == RECALIGN:
             metadata = {"identity": dict(identity), "model": dataclasses.asdict(config), "positions": []}
-            training.save_streaming(str(aside), STEP, params, metadata, advance)
+            streaming.save_streaming(str(aside), STEP, params, metadata, advance)
         else:
             export.write_model(aside, params, config, dtype, max_shard_bytes, advance)
             if vocabulary is not None:

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from recalign_jax.checkpoint import hub, huggingface, sizes, stacking, t5x, training
+from recalign_jax.checkpoint import hub, huggingface, saved, sizes, stacking, t5x
 from recalign_jax.checkpoint.arrays import Array, Index, LazyArray
+from recalign_jax.checkpoint.fingerprints import fingerprint
 from recalign_jax.checkpoint.stacking import Source
 from recalign_jax.errors import InputError
-from recalign_jax.model import lora, t5
+from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
 from recalign_jax.model.lora import LoraOptions
 
@@ -121,8 +122,8 @@ def _open_t5x(path: str, folder: pathlib.Path | None) -> Checkpoint:
 
 
 def _open_own(path: str, folder: pathlib.Path) -> Checkpoint:
-    identity, model = training.read_identity(str(folder)), training.read_model(str(folder))
-    arrays = training.read_arrays(str(folder))
+    identity, model = saved.read_identity(str(folder)), saved.read_model(str(folder))
+    arrays = saved.read_arrays(str(folder))
     config = T5Config(**model | {"mlp_activations": tuple(model["mlp_activations"])}) if model else None
     if "base" in identity:
         arrays = _merged(path, arrays, LoraOptions(**identity["lora"]), identity["base"], config)
@@ -169,7 +170,7 @@ def open_base(path: str, told: Mapping[str, Any]) -> Checkpoint:
 
 def check_base(path: str, told: Mapping[str, Any], params: Any) -> None:
     """Raises InputError when `params` are not those that the adapters in the checkpoint at `path` were trained on."""
-    if lora.fingerprint(params) != told["fingerprint"]:
+    if fingerprint(params) != told["fingerprint"]:
         raise InputError(
             f"{path} holds adapters of {told['path']}, which has other parameters now than when they were trained."
         )

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 
 from recalign_jax import partitioning
-from recalign_jax.checkpoint import stacking, training
+from recalign_jax.checkpoint import saved, stacking
 from recalign_jax.checkpoint.arrays import place
+from recalign_jax.checkpoint.fingerprints import fingerprint
 from recalign_jax.checkpoint.formats import check_base, open_base, open_checkpoint, our_params
 from recalign_jax.errors import InputError
 from recalign_jax.model import lora
@@ -52,18 +53,18 @@ def load_base(path: str, config: T5Config, seed: int, params: Any) -> tuple[Any,
     folder = pathlib.Path(path).expanduser()
     if folder.is_dir():
         path = str(folder.absolute())
-    if (folder / training.DIRECTORY).is_dir():  # the newest checkpoint of a run, which will be another one day
-        model_dir, step = training.locate(path)
-        path = str(pathlib.Path(model_dir) / training.DIRECTORY / str(step))
+    if (folder / saved.DIRECTORY).is_dir():  # the newest checkpoint of a run, which will be another one day
+        model_dir, step = saved.locate(path)
+        path = str(pathlib.Path(model_dir) / saved.DIRECTORY / str(step))
     base = load_initial(path, config, seed, params)
-    return base, {"path": path, "seed": seed, "fingerprint": lora.fingerprint(base)}
+    return base, {"path": path, "seed": seed, "fingerprint": fingerprint(base)}
 
 
 def load_trained(path: str, config: T5Config, params: Any) -> tuple[Any, int]:
     """Reads the parameters of a checkpoint of `recalign train`; adapters are merged with their base.
 
     Args:
-      path: as `training.locate` takes it.
+      path: as `saved.locate` takes it.
       config: of the model.
       params: its parameters' ShapeDtypeStructs with shardings.
 
@@ -73,15 +74,15 @@ def load_trained(path: str, config: T5Config, params: Any) -> tuple[Any, int]:
     Raises:
       InputError: when there is no checkpoint, it doesn't fit, or the base of its adapters is gone or was changed.
     """
-    identity = training.read_identity(path)
+    identity = saved.read_identity(path)
     if "base" not in identity:
-        return training.load_params(path, params)
+        return saved.load_params(path, params)
     options, told = LoraOptions(**identity["lora"]), identity["base"]
     base = _placed(our_params(open_base(path, told), config, told["seed"]), params)
     check_base(path, told, base)
     adapters = jax.eval_shape(lambda key: lora.init_adapters(params, options, key), jax.random.key(0))
     mesh = jax.tree.leaves(params)[0].sharding.mesh
-    trained, step = training.load_params(path, partitioning.with_shardings(adapters, mesh))
+    trained, step = saved.load_params(path, partitioning.with_shardings(adapters, mesh))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
     merge = jax.jit(functools.partial(lora.merge, options=options), out_shardings=shardings, donate_argnums=0)
     return merge(base, trained), step

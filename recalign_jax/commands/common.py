@@ -5,7 +5,7 @@ import dataclasses
 import gin
 
 from recalign_jax import gin_config, partitioning, terminal
-from recalign_jax.checkpoint import training as checkpointing
+from recalign_jax.checkpoint import saved
 from recalign_jax.checkpoint.initial import load_trained
 from recalign_jax.errors import InputError
 from recalign_jax.model import t5
@@ -14,10 +14,12 @@ from recalign_jax.recommender import DecodingOptions, make_recommender
 from seqio_tasks.examples import Recommend
 from seqio_tasks.specs import TaskSpec
 
-ROW_MULTIPLE = 128  # embedding rows come in multiples of this, for the matrix units and for sharding
+# Embedding rows come in multiples of this, whatever the mesh, so that a checkpoint fits every one: it suits the matrix
+# units, and is divided by every model axis of a power of two up to it.
+ROW_MULTIPLE = 128
 
 
-def model_config(num_tokens: int, model_axis: int = 1) -> T5Config:
+def model_config(num_tokens: int) -> T5Config:
     """The model that gin holds, for a vocabulary of `num_tokens` entries; the rows above them are masked.
 
     Raises:
@@ -25,8 +27,7 @@ def model_config(num_tokens: int, model_axis: int = 1) -> T5Config:
     """
     if "T5Config.emb_dim" not in gin_config.snapshot():
         raise InputError("No model given: --gin_file gin_configs/models/t5_tiny.gin, or another one there.")
-    multiple = ROW_MULTIPLE * model_axis
-    rows = -(-num_tokens // multiple) * multiple
+    rows = -(-num_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
     return dataclasses.replace(gin.get_configurable(T5Config)(), vocab_size=rows, num_tokens=num_tokens)
 
 
@@ -61,7 +62,7 @@ def load_recommender(
     mesh = partitioning.make_mesh(mesh_shape or {"data": -1})
     decoding = DecodingOptions()
     partitioning.check_batch_size(batch_macro, decoding.batch_size, mesh)
-    config = model_config(spec.num_tokens, mesh.shape["model"])
+    config = model_config(spec.num_tokens)
     _check_trained_for(spec, checkpoint_path)
     shapes = partitioning.with_shardings(t5.abstract_params(config), mesh)
     params, step = load_trained(checkpoint_path, config, shapes)
@@ -69,7 +70,7 @@ def load_recommender(
 
 
 def _check_trained_for(spec: TaskSpec, checkpoint_path: str) -> None:
-    trained = checkpointing.read_identity(checkpoint_path)
+    trained = saved.read_identity(checkpoint_path)
     item_format = spec.catalog.item_format
     formats = {name.split()[-1] for name in trained if name.startswith("catalog ")}
     if trained.get("vocabulary", spec.vocabulary.fingerprint) != spec.vocabulary.fingerprint:

@@ -13,6 +13,7 @@ import gin
 import jax
 
 from recalign_jax import gin_config, partitioning, terminal
+from recalign_jax.checkpoint import saved
 from recalign_jax.checkpoint.initial import load_base, load_initial
 from recalign_jax.commands.common import fingerprints, model_config
 from recalign_jax.corpus.corpus import data_dir_or_default
@@ -22,9 +23,11 @@ from recalign_jax.evaluation.retrieval import RetrievalOptions
 from recalign_jax.model import t5
 from recalign_jax.model.lora import LoraOptions
 from recalign_jax.recommender import DecodingOptions, make_recommender
+from recalign_jax.training import preemption
 from recalign_jax.training.input_pipeline import InputOptions
-from recalign_jax.training.optimizer import make_optimizer
-from recalign_jax.training.step import StepOptions
+from recalign_jax.training.optimizer import make_optimizer, make_schedule
+from recalign_jax.training.preemption import Preemption
+from recalign_jax.training.step import StepOptions, check_divides
 from recalign_jax.training.train import Evaluator, TrainOptions, train
 from seqio_tasks import components as task_components
 from seqio_tasks import specs, task_names
@@ -37,7 +40,10 @@ USES_GIN = True
 # What may differ when a run is resumed: where it lies, how long it goes on, and how often it reports.
 MAY_CHANGE = (
     *("MODEL_DIR", "TRAIN_STEPS", "EVAL_PERIOD", "CHECKPOINT_PERIOD", "LOG_PERIOD", "KEEP_CHECKPOINTS"),
-    *("MAX_EVAL_USERS", "NUM_BEAMS", "EVAL_BATCH_SIZE", "VOCABULARY", "MESH"),
+    *("MAX_EVAL_USERS", "NUM_BEAMS", "EVAL_BATCH_SIZE", "VOCABULARY"),
+    *("BEST_METRIC", "EARLY_STOPPING", "PROFILE", "RESUME_CHANGED"),
+    # The same arithmetic in another order: not the same bits, but the same run on other devices.
+    *("MESH", "REMAT", "GRADIENT_ACCUMULATION", "LOGITS_CHUNKS"),
 )
 
 
@@ -48,8 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Trains as gin says."""
-    result = train_command(args.data_dir)
+    with preemption.handled() as told_to_leave:
+        result = train_command(args.data_dir, told_to_leave)
     terminal.say(f"Trained to step {result['step']}, loss {result['loss']:.4f}.")
+    if best := result.get("best"):
+        where = f"{result['model_dir']}/{saved.BEST}"
+        terminal.say(f"Best: {best['metric']} {best['value']:.4f} at step {best['step']}, {where}")
     terminal.say(f"Next: recalign eval, with the same model file and --gin.CHECKPOINT_PATH={result['model_dir']}")
     return result
 
@@ -57,6 +67,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 @gin.configurable("train", module="recalign")
 def train_command(
     data_dir: str | None,
+    told_to_leave: Preemption,
     model_dir: str | None = None,
     mixture_or_task_name: str | None = None,
     mixture_or_task_module: str | None = None,
@@ -68,6 +79,7 @@ def train_command(
 
     Args:
       data_dir: where corpora are.
+      told_to_leave: tells of SIGTERM.
       model_dir: MODEL_DIR.
       mixture_or_task_name: what to train on, by its name in the SeqIO registry.
       mixture_or_task_module: a Python module to import first, that registers tasks of its own.
@@ -86,8 +98,9 @@ def train_command(
     components = task_components.components(mixture_or_task_name, input_options.task_feature_lengths)
     task_specs = [component.spec for component, _ in components if isinstance(component, CorpusTask)]
     mesh = partitioning.make_mesh(options.mesh)
-    partitioning.check_batch_size("BATCH_SIZE", input_options.batch_size, mesh)
-    config = model_config(max(component.num_tokens for component, _ in components), mesh.shape["model"])
+    step_options = StepOptions()
+    check_divides(step_options, input_options.batch_size, input_options.task_feature_lengths["targets"], mesh)
+    config = model_config(max(component.num_tokens for component, _ in components))
     evaluators = []
     if evaluate_retrieval and options.eval_period:
         evaluators = [retrieval_evaluator(spec, config, mesh, prefix) for spec, prefix in evaluated(task_specs)]
@@ -115,16 +128,18 @@ def train_command(
     return train(
         options,
         input_options,
-        StepOptions(),
+        step_options,
         config,
         make_optimizer(),
         mesh,
         components,
         evaluators,
         identity=identity,
+        preemption=told_to_leave,
         initial_params=initial_params,
         base=base,
         lora_options=lora_options,
+        schedule=make_schedule(),
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from recalign_jax.decoding.beam_search import BeamResult, beam_search
 from recalign_jax.decoding.trie import Trie
@@ -70,7 +71,9 @@ def retrieve(
         tokens = _padded([prompts[i] for i in chosen], batch_size, _bucket(len(prompts[chosen[-1]])), fill=0)
         items = _padded([excluded[i] for i in chosen], batch_size, width, fill=-1)
         on_device = jax.device_put(tokens, sharding), jax.device_put(items, sharding)
-        ranked, scores = jax.device_get(generate(params, *on_device, trie))
+        result = generate(params, *on_device, trie)
+        # Of several processes each computes some users and learns of the others'.
+        ranked, scores = multihost_utils.process_allgather(result, tiled=True)
         yield chosen, ranked[: len(chosen)], scores[: len(chosen)]
 
 

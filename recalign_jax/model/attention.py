@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 
 from recalign_jax.model.config import T5Config
 from recalign_jax.model.layers import Dense, Initializer, dropout
+from recalign_jax.partitioning import constrain
 
 # As in T5X. Finite, so that a query that may attend to nothing (padding) gets uniform weights instead of NaN.
 MASKED = -1e10
@@ -29,8 +30,8 @@ class Attention(nnx.Module):
         self.out = Dense(joined, features, _INIT, rngs=rngs)
 
     def split_heads(self, x: jax.Array) -> jax.Array:
-        """[..., N * H] -> [..., N, H]."""
-        return x.reshape(*x.shape[:-1], self.num_heads, -1)
+        """[B, L, N * H] -> [B, L, N, H]."""
+        return constrain(x.reshape(*x.shape[:-1], self.num_heads, -1), "batch", None, "heads", None)
 
     def queries(self, x: jax.Array) -> jax.Array:
         """[B, L, D] -> [B, L, N, H]."""

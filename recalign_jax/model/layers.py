@@ -14,6 +14,8 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from recalign_jax.partitioning import constrain
+
 Initializer = Callable[..., jax.Array]
 KERNEL_INIT: Initializer = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
@@ -69,7 +71,8 @@ class Mlp(nnx.Module):
         """[B, L, D], dropout noise [B, 1, F] -> [B, L, D]."""
         product: jax.Array | None = None
         for number, name in enumerate(self.activations):
-            y = ACTIVATION_FUNCTIONS[name](getattr(self, f"wi_{number}")(x, x.dtype))  # [B, L, F]
+            y = ACTIVATION_FUNCTIONS[name](getattr(self, f"wi_{number}")(x, x.dtype))
+            y = constrain(y, "batch", None, "mlp")  # [B, L, F]
             product = y if product is None else product * y
         assert product is not None
         return self.wo(dropout(product, noise), x.dtype)

@@ -7,7 +7,6 @@ stands still since 2024.)
 """
 
 import dataclasses
-import hashlib
 import math
 from typing import Any
 
@@ -89,28 +88,6 @@ def merge(base: Any, trained: Any, options: LoraOptions) -> Any:
         product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
         merged[path] = merged[path] + options.alpha / options.rank * product
     return traverse_util.unflatten_dict(merged, sep="/")
-
-
-def fingerprint(params: Any) -> str:
-    """A hash of every bit of float32 parameters, the same however they are laid out over devices.
-
-    The adapters of one base mean nothing on another.
-    """
-    flat = traverse_util.flatten_dict(params, sep="/")
-    sum_of_bits = jax.jit(_sum_of_bits)
-    sums = {path: jax.device_get(sum_of_bits(jnp.asarray(leaf))) for path, leaf in flat.items()}  # one at a time
-    text = "".join(f"{path} {flat[path].shape} {sums[path]}\n" for path in sorted(flat))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _sum_of_bits(leaf: jax.Array) -> jax.Array:
-    """The sum modulo 2 ** 32 of all elements' bits, each times an odd number that is its place's."""
-    place = jnp.zeros(leaf.shape, jnp.uint32)
-    for axis in range(leaf.ndim):
-        place = place * jnp.uint32(0x9E3779B1) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    place = (place ^ (place >> 15)) * jnp.uint32(0x85EBCA77)
-    bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
-    return jnp.sum(bits * (place << 1 | 1), dtype=jnp.uint32)
 
 
 def _targeted(params: Any, options: LoraOptions) -> dict[str, Any]:

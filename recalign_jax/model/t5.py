@@ -18,6 +18,7 @@ from recalign_jax.model.blocks import DecoderLayer, EncoderLayer
 from recalign_jax.model.config import T5Config
 from recalign_jax.model.layers import Dense, Embedding, LayerNorm, dropout, dropout_noise, scan_layers, stack_layers
 from recalign_jax.model.relative_position import RelativePositionBias
+from recalign_jax.partitioning import constrain
 
 MASKED_LOGIT = -1e9
 Params = dict[str, Any]
@@ -39,7 +40,7 @@ class Encoder(nnx.Module):
         keys, noise = _dropout_of_stack(dropout_key, config, x.shape[0], config.num_encoder_layers)
 
         def body(layer: EncoderLayer, x: jax.Array, key: jax.Array | None) -> tuple[jax.Array, None]:
-            return layer(x, mask, bias, key), None
+            return constrain(layer(x, mask, bias, key), "batch", None, None), None
 
         x, _ = scan_layers(self.layers, body, dropout(x, noise[0]), keys, config.remat)
         return dropout(self.encoder_norm(x), noise[1])
@@ -65,7 +66,7 @@ class Decoder(nnx.Module):
         keys, noise = _dropout_of_stack(dropout_key, config, x.shape[0], config.num_decoder_layers)
 
         def body(layer: DecoderLayer, x: jax.Array, key: jax.Array | None) -> tuple[jax.Array, None]:
-            return layer(x, encoded, mask, bias, cross_mask, key), None
+            return constrain(layer(x, encoded, mask, bias, cross_mask, key), "batch", None, None), None
 
         x, _ = scan_layers(self.layers, body, dropout(x, noise[0]), keys, config.remat)
         return dropout(self.decoder_norm(x), noise[1])
@@ -94,19 +95,32 @@ class T5(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """encoder_tokens [B, L], decoder_input_tokens [B, T], segment ids likewise -> logits [B, T, V] float32."""
-        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        encoded = self.encode(encoder_tokens, encoder_segment_ids, keys[0])
-        hidden = self.decode(
-            encoded, encoder_tokens, decoder_input_tokens, encoder_segment_ids, decoder_segment_ids, keys[1]
+        hidden = self.hidden(
+            encoder_tokens, decoder_input_tokens, encoder_segment_ids, decoder_segment_ids, dropout_key
         )
         return self.logits(hidden)
+
+    def hidden(
+        self,
+        encoder_tokens: jax.Array,
+        decoder_input_tokens: jax.Array,
+        encoder_segment_ids: jax.Array | None = None,
+        decoder_segment_ids: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """As the call, but what `logits` takes: [B, T, D] in the activation dtype."""
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        encoded = self.encode(encoder_tokens, encoder_segment_ids, keys[0])
+        return self.decode(
+            encoded, encoder_tokens, decoder_input_tokens, encoder_segment_ids, decoder_segment_ids, keys[1]
+        )
 
     def encode(
         self, tokens: jax.Array, segment_ids: jax.Array | None = None, dropout_key: jax.Array | None = None
     ) -> jax.Array:
         """tokens [B, L] (0 = padding), segment_ids [B, L] -> [B, L, D] in the activation dtype."""
         segments = _encoder_segments(tokens, segment_ids)
-        x = self.token_embedder(tokens, self.config.dtype)
+        x = constrain(self.token_embedder(tokens, self.config.dtype), "batch", None, None)
         return self.encoder(x, segment_mask(segments, segments), dropout_key)
 
     def decode(
@@ -136,7 +150,7 @@ class T5(nnx.Module):
         encoder_segments = _encoder_segments(encoder_tokens, encoder_segment_ids)
         if decoder_segment_ids is None:
             decoder_segment_ids = jnp.ones_like(decoder_input_tokens)
-        x = self.token_embedder(decoder_input_tokens, self.config.dtype)
+        x = constrain(self.token_embedder(decoder_input_tokens, self.config.dtype), "batch", None, None)
         mask = segment_mask(decoder_segment_ids, decoder_segment_ids) & causal_mask(length)
         return self.decoder(x, encoded, mask, segment_mask(decoder_segment_ids, encoder_segments), dropout_key)
 

@@ -7,6 +7,7 @@ So the position of a run is (window, row) of each shard: resuming replays nothin
 depend on the number of processes.
 """
 
+import collections
 import dataclasses
 import functools
 import zlib
@@ -14,8 +15,10 @@ from collections.abc import Iterator, Sequence
 
 import gin
 import grain
+import jax
 import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 
 from recalign_jax.errors import InputError
 from recalign_jax.training import packing
@@ -180,6 +183,36 @@ def start_positions(options: InputOptions) -> np.ndarray:
     """Where a new run begins, int64 [S, 2]: shard s at row 0 of window s."""
     shards = options.num_shards()
     return np.stack([np.arange(shards), np.zeros(shards, np.int64)], axis=1)
+
+
+def local_batches(stream: Stream, positions: np.ndarray) -> PackedBatches:
+    """This process's part of each batch, from the positions [S, 2] on."""
+    return PackedBatches(stream, positions, jax.process_index(), jax.process_count())
+
+
+def put(batch: Batch, sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
+    """Moves this process's part of a batch to its devices; returns arrays over all processes."""
+    with jax.transfer_guard("allow"):  # this one is meant
+        return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+
+
+def on_device(
+    batches: Iterator[tuple[Batch, np.ndarray]], sharding: jax.sharding.Sharding, ahead: int = 2
+) -> Iterator[tuple[dict[str, jax.Array], np.ndarray]]:
+    """Moves batches to the devices a few steps before they are needed."""
+    queue: collections.deque[tuple[dict[str, jax.Array], np.ndarray]] = collections.deque()
+    for batch, positions in batches:
+        queue.append((put(batch, sharding), positions))
+        if len(queue) > ahead:
+            yield queue.popleft()
+    yield from queue
+
+
+def all_positions(stream: Stream, positions: np.ndarray) -> list[list[int]]:
+    """The positions of all processes' shards, [S, 2], from those of one's own (to be called by all processes)."""
+    if len(positions) < stream.options.num_shards():
+        positions = np.asarray(multihost_utils.process_allgather(positions)).reshape(-1, 2)
+    return positions.tolist()
 
 
 class _Shard:

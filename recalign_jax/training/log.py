@@ -2,9 +2,10 @@
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import tensorboardX
 
 from recalign_jax.files import atomic_file
@@ -25,24 +26,35 @@ def read(model_dir: str) -> list[dict[str, Any]]:
 
 
 class RunLog:
-    """Writes logged values; steps after `resumed_step`, which will be done again, are forgotten first."""
+    """Writes logged values, in the first process; begins with `records` and forgets what else is there.
 
-    def __init__(self, model_dir: str, resumed_step: int):
-        kept = [record for record in read(model_dir) if record["step"] <= resumed_step]
-        self._path = pathlib.Path(model_dir) / METRICS_FILE
-        with atomic_file(self._path) as aside:
-            aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        self._file = self._path.open("a", encoding="utf-8")
+    Attributes:
+      records: all logged steps.
+    """
+
+    def __init__(self, model_dir: str, records: Sequence[dict[str, Any]]):
+        self.records = list(records)
+        self._file, self._tensorboard = None, None
+        if jax.process_index() > 0:
+            return
+        path = pathlib.Path(model_dir) / METRICS_FILE
+        with atomic_file(path) as aside:
+            aside.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
         self._tensorboard = tensorboardX.SummaryWriter(model_dir)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one record and flushes it."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self.records.append({"step": step, **values})
+        if self._file is None or self._tensorboard is None:
+            return
+        self._file.write(json.dumps(self.records[-1]) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
         self._tensorboard.flush()
 
     def close(self) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        for file in (self._file, self._tensorboard):
+            if file is not None:
+                file.close()

@@ -1,5 +1,7 @@
 """Cross-entropy with z-loss, and sums that add up over rows, hosts and steps."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -21,6 +23,38 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, z_loss: float) -> tuple
     log_z = jax.nn.logsumexp(logits, axis=-1)
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return log_z - target_logits, z_loss * jnp.square(log_z)
+
+
+def in_chunks(
+    of_tokens: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+    hidden: jax.Array,
+    targets: jax.Array,
+    chunks: int,
+) -> tuple[jax.Array, jax.Array]:
+    """`of_tokens(hidden, targets)`, a part of the target positions at a time.
+
+    What it computes on the way (the logits) exists for one part only, also in the backward pass, which computes it
+    again.
+
+    Args:
+      of_tokens: from [B, t, D] and [B, t] to two arrays [B, t].
+      hidden: [B, T, D].
+      targets: [B, T].
+      chunks: parts; must divide T.
+
+    Returns:
+      Two arrays [B, T].
+    """
+    if chunks == 1:
+        return of_tokens(hidden, targets)
+    # By positions, not by rows: rows are split over devices, and every device has its share of every part.
+    batch, length = targets.shape
+    parts = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(batch, chunks, -1, *x.shape[2:]), 1, 0), (hidden, targets)
+    )  # [chunks, B, T / chunks, ...]
+    values = jax.lax.map(lambda part: jax.checkpoint(of_tokens)(*part), parts)
+    entropy, z = (jnp.moveaxis(x, 0, 1).reshape(batch, length) for x in values)
+    return entropy, z
 
 
 def summed(batch: dict[str, jax.Array], entropy: jax.Array, z: jax.Array, num_tasks: int) -> dict[str, jax.Array]:

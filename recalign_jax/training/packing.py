@@ -2,9 +2,26 @@
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 LOSS_NORMALIZATIONS = ("samples", "tokens")
+# What a batch is made of, [R, L] and [R, T]: T5X's names.
+ARRAYS = (
+    *("encoder_input_tokens", "encoder_segment_ids"),
+    *("decoder_input_tokens", "decoder_target_tokens", "decoder_segment_ids"),
+    *("decoder_task_ids", "decoder_loss_weights"),
+)
+
+
+def batch_shapes(batch_size: int, input_length: int, target_length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of what `pack` gives, for `batch_size` rows."""
+    sides = {"encoder": input_length, "decoder": target_length}
+    dtypes = {"decoder_loss_weights": np.float32}
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, sides[name.split("_")[0]]), dtypes.get(name, np.int32))
+        for name in ARRAYS
+    }
 
 
 def assign_rows(sizes: np.ndarray, capacity: np.ndarray) -> np.ndarray:

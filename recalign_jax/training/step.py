@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from recalign_jax import partitioning
+from recalign_jax.errors import InputError
 from recalign_jax.model import lora, t5
 from recalign_jax.model.config import T5Config
 from recalign_jax.model.lora import LoraOptions
@@ -29,9 +30,40 @@ class StepOptions:
 
     Attributes:
       z_loss: coefficient of the z-loss.
+      gradient_accumulation: microbatches that a batch is cut into, one after the other; the step is that of the batch.
+      logits_chunks: parts of the target positions, of which one part's logits exist at a time; 1 keeps all for the
+        backward pass.
+
+    Raises:
+      InputError: for numbers below 1.
     """
 
     z_loss: float = 1e-4
+    gradient_accumulation: int = 1
+    logits_chunks: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("gradient_accumulation", "logits_chunks"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name.upper()} is {value!r}: must be a whole number, at least 1.")
+
+
+def check_divides(options: StepOptions, batch_size: int, target_length: int, mesh: Mesh) -> None:
+    """Raises InputError when a batch can't be cut as the options and the mesh say."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = options.gradient_accumulation * shards
+    if batch_size < 1 or batch_size % parts:
+        times = f" times GRADIENT_ACCUMULATION ({options.gradient_accumulation})"
+        raise InputError(
+            f"BATCH_SIZE is {batch_size}: must be a multiple of {parts}, the devices of the mesh axes data and fsdp "
+            f"({shards}){times if options.gradient_accumulation > 1 else ''}."
+        )
+    if target_length % options.logits_chunks:
+        raise InputError(
+            f"LOGITS_CHUNKS is {options.logits_chunks}: must divide the targets of TASK_FEATURE_LENGTHS, "
+            f"{target_length}."
+        )
 
 
 class TrainState(NamedTuple):
@@ -87,27 +119,37 @@ def jit_train_step(step: Callable[..., tuple[TrainState, Sums]], state: TrainSta
     """The step of `make_train_step` under jit, for states laid out as `state`, which it takes over (donation)."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(
-        step,
+        partitioning.on_mesh(step, mesh),
         in_shardings=(shardings, partitioning.batch_sharding(mesh), None),
         out_shardings=(shardings, None),
         donate_argnums=0,
     )
 
 
-def loss_and_sums(
-    graphdef: nnx.GraphDef, params: Any, batch: Batch, z_loss: float, num_tasks: int, dropout_key: jax.Array | None
-) -> tuple[jax.Array, Sums]:
-    """The mean loss of a packed batch, and the sums it is made of (see `losses.summed`)."""
-    logits = nnx.merge(graphdef, params)(
+def jit_eval_step(step: Callable[[Any, Batch], Sums], mesh: Mesh) -> Any:
+    """The step of `make_eval_step` under jit, for parameters laid out over the mesh."""
+    return jax.jit(partitioning.on_mesh(step, mesh), in_shardings=(None, partitioning.batch_sharding(mesh)))
+
+
+def loss_sums(
+    graphdef: nnx.GraphDef, params: Any, batch: Batch, options: StepOptions, num_tasks: int, dropout_key: Any
+) -> Sums:
+    """The sums of a packed batch that its loss is made of, see `losses.summed`; `dropout_key` None: no dropout."""
+    model = nnx.merge(graphdef, params)
+    hidden = model.hidden(
         batch["encoder_input_tokens"],
         batch["decoder_input_tokens"],
         batch["encoder_segment_ids"],
         batch["decoder_segment_ids"],
         dropout_key,
-    )  # [B, T, V]
-    entropy, z = losses.cross_entropy(logits, batch["decoder_target_tokens"], z_loss)
-    sums = losses.summed(batch, entropy, z, num_tasks)
-    return (sums["loss"] + sums["z_loss"]) / sums["weight"], sums
+    )  # [B, T, D]
+
+    def of_tokens(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = partitioning.constrain(model.logits(hidden), "batch", None, "vocab")  # [B, t, V]
+        return losses.cross_entropy(logits, targets, options.z_loss)
+
+    entropy, z = losses.in_chunks(of_tokens, hidden, batch["decoder_target_tokens"], options.logits_chunks)
+    return losses.summed(batch, entropy, z, num_tasks)
 
 
 def make_train_step(
@@ -128,24 +170,50 @@ def make_train_step(
         # The rbg generator costs a fraction of threefry's time on TPU and GPU.
         dropout_key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.step)
 
-        def loss(params: Any) -> tuple[jax.Array, Sums]:
-            whole = lora.merge(base, params, lora_options)
-            return loss_and_sums(graphdef, whole, batch, options.z_loss, num_tasks, dropout_key)
+        weight = jnp.sum(batch["decoder_loss_weights"])
 
-        gradients, sums = jax.grad(loss, has_aux=True)(state.params)
+        def loss(params: Any, rows: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
+            """The share of some rows in the mean loss of the batch."""
+            whole = lora.merge(base, params, lora_options)
+            sums = loss_sums(graphdef, whole, rows, options, num_tasks, key)
+            return (sums["loss"] + sums["z_loss"]) / weight, sums
+
+        gradients, sums = accumulated(
+            jax.grad(loss, has_aux=True), state.params, batch, dropout_key, options.gradient_accumulation
+        )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         sums["gradient_norm"] = optax.tree.norm(gradients)
         sums["steps"] = jnp.float32(1)
+        finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(sums["gradient_norm"])
+        sums["nonfinite"] = 1.0 - finite.astype(jnp.float32)
         return TrainState(state.step + 1, params, opt_state), sums
 
     return train_step
+
+
+def accumulated(
+    gradients_and_sums: Callable[[Any, Batch, jax.Array], Any], params: Any, batch: Batch, key: jax.Array, parts: int
+) -> Any:
+    """The sum of `gradients_and_sums(params, rows, key)` over microbatches of B / parts rows, each with its own key."""
+    if parts == 1:
+        return gradients_and_sums(params, batch, key)
+    # Microbatch i takes the rows i, i + parts, ...: each device has its share of every one, so that none moves.
+    rows = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+    inputs = (rows, jax.random.split(key, parts))
+
+    def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradients_and_sums(params, *part)), None
+
+    shapes = jax.eval_shape(lambda: gradients_and_sums(params, *jax.tree.map(lambda x: x[0], inputs)))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.scan(add, zeros, inputs)[0]
 
 
 def make_eval_step(graphdef: nnx.GraphDef, num_tasks: int) -> Callable[[Any, Batch], Sums]:
     """Returns `(params, batch) -> sums` without dropout and z-loss."""
 
     def eval_step(params: Any, batch: Batch) -> Sums:
-        return loss_and_sums(graphdef, params, batch, 0.0, num_tasks, None)[1]
+        return loss_sums(graphdef, params, batch, StepOptions(z_loss=0.0), num_tasks, None)
 
     return eval_step

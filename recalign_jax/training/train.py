@@ -1,12 +1,11 @@
 """The train loop, to be read from top to bottom."""
 
-import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
 import pathlib
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -17,18 +16,22 @@ import numpy as np
 import optax
 
 from recalign_jax import partitioning, terminal
+from recalign_jax.checkpoint import saved
 from recalign_jax.checkpoint import training as checkpointing
-from recalign_jax.errors import InputError, RunError
+from recalign_jax.checkpoint.saved import DamagedCheckpoint
+from recalign_jax.errors import InputError, Preempted
 from recalign_jax.files import atomic_file
-from recalign_jax.model import lora, t5
+from recalign_jax.model import flops, lora, t5
 from recalign_jax.model.config import T5Config
 from recalign_jax.model.lora import LoraOptions
-from recalign_jax.training import input_pipeline, log
+from recalign_jax.training import failures, input_pipeline, log, measures, steering
 from recalign_jax.training.input_pipeline import InputOptions
+from recalign_jax.training.preemption import Preemption
 from recalign_jax.training.step import (
     StepOptions,
     TrainState,
     abstract_state,
+    jit_eval_step,
     jit_train_step,
     make_eval_step,
     make_train_step,
@@ -44,16 +47,21 @@ Evaluator = Callable[[Any], Iterable[tuple[str, float]]]
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class TrainOptions:
-    """What a run is, beside model, optimizer and input.
+    """What a run is, beside model, optimizer, input and step.
 
     Attributes:
       model_dir: where everything goes; if it has a checkpoint, training goes on from there.
       train_steps: optimizer steps of the whole run.
       seed: of initialization, dropout, order and random parts of samples.
       log_period: steps between two logged ones.
-      eval_period: steps between evaluations; 0 for none, and the last step is always evaluated otherwise.
+      eval_period: steps between evaluations; 0 for none, and the last step is always evaluated otherwise. What is
+        evaluated is saved first.
       checkpoint_period: steps between checkpoints; the last step is always saved.
-      keep_checkpoints: how many of the newest stay.
+      keep_checkpoints: how many of the newest stay; the best one stays as well.
+      best_metric: by which of the evaluated values a checkpoint is the best, as `validation_recall@10`; None for none.
+      early_stopping: after so many evaluations without a better one the run ends; None for never.
+      profile: (steps of this process to let pass, steps to trace), as (10, 5); None for no trace.
+      resume_changed: goes on with a run of another configuration, which it prints; False refuses.
       mesh: devices along each axis; -1 is the rest.
     """
 
@@ -64,12 +72,24 @@ class TrainOptions:
     eval_period: int = 0
     checkpoint_period: int = 500
     keep_checkpoints: int = 3
+    best_metric: str | None = None
+    early_stopping: int | None = None
+    profile: tuple[int, int] | None = None
+    resume_changed: bool = False
     mesh: dict[str, int] = dataclasses.field(default_factory=lambda: {"data": -1, "fsdp": 1, "model": 1})
 
     def __post_init__(self) -> None:
         for name in ("train_steps", "log_period", "checkpoint_period", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name.upper()} is {getattr(self, name)}: must be at least 1.")
+        if self.eval_period < 0:
+            raise InputError(f"EVAL_PERIOD is {self.eval_period}: give 0 for no evaluation.")
+        if self.best_metric is not None and not self.eval_period:
+            raise InputError("BEST_METRIC needs evaluations: --gin.EVAL_PERIOD=STEPS.")
+        if self.early_stopping is not None and (self.best_metric is None or self.early_stopping < 1):
+            raise InputError("EARLY_STOPPING is a number of evaluations of at least 1, and needs BEST_METRIC.")
+        if self.profile is not None and (len(self.profile) != 2 or min(self.profile) < 1):
+            raise InputError(f"PROFILE is {self.profile}: give (steps to let pass, steps to trace), as (10, 5).")
 
 
 def train(
@@ -82,11 +102,13 @@ def train(
     components: Sequence[tuple[Component, float]],
     evaluators: Sequence[Evaluator],
     identity: dict[str, Any],
+    preemption: Preemption,
     initial_params: Callable[[Any], Any] | None = None,
     base: Any = None,
     lora_options: LoraOptions = LoraOptions(),  # noqa: B008 (frozen)
+    schedule: optax.Schedule | None = None,
 ) -> dict[str, Any]:
-    """Trains to `options.train_steps`, from the newest checkpoint in MODEL_DIR if there is one.
+    """Trains to `options.train_steps`, from the newest whole checkpoint in MODEL_DIR if there is one.
 
     Args:
       options: of the run.
@@ -94,117 +116,172 @@ def train(
       step_options: of the step.
       config: of the model, with its vocabulary's size.
       optimizer: from `make_optimizer`.
+      mesh: over the devices of all processes.
       components: the tasks of the mixture and their rates.
       evaluators: called every `eval_period` steps.
       identity: what must not change when the run is resumed; JSON.
+      preemption: tells of SIGTERM.
       initial_params: gives a new run's parameters for their shapes and shardings; None draws them.
       base: parameters that stay as they are while adapters of them are trained; None trains all parameters.
       lora_options: of the adapters.
+      schedule: the learning rate by steps done, to be logged.
 
     Returns:
-      `step loss tokens_per_second packing_efficiency model_dir` of the last logged step.
+      `step loss tokens_per_second packing_efficiency model_dir` of the last logged step, and `best` if there is one.
 
     Raises:
       InputError: when the checkpoint there belongs to another run.
-      RunError: when the loss is no finite number.
+      Preempted: after SIGTERM, when all is saved.
+      RunError: when a loss is no finite number, a checkpoint can't be written or none is whole, or memory runs out.
     """
     # ---------------------------------------------------------------- model and optimizer, as shapes and shardings
     graphdef = t5.graph(config)
-
-    initialize, state_shapes = abstract_state(config, optimizer, mesh, lora_options)
+    initialize, shapes = abstract_state(config, optimizer, mesh, lora_options)
     batch_sharding = partitioning.batch_sharding(mesh)
-    terminal.say(_what_is_trained(state_shapes.params, base))
+    terminal.say(_what_is_trained(shapes.params, base))
 
     # ---------------------------------------------------------------- input streams
     stream = input_pipeline.make_stream(components, "train", options.seed, input_options)
-    held_out = None
+    names = [task.name for task in stream.tasks]
+    held_out = []
     if options.eval_period:
         few = dataclasses.replace(input_options, window=VALIDATION_WINDOW)
-        held_out = input_pipeline.make_stream(components, "validation", options.seed, few)
+        validation = input_pipeline.make_stream(components, "validation", options.seed, few)
+        first_batches = input_pipeline.local_batches(validation, input_pipeline.start_positions(few))
+        held_out = [batch for batch, _ in itertools.islice(first_batches, VALIDATION_BATCHES)]
 
     # ---------------------------------------------------------------- the newest checkpoint, or a new run
     model_dir = pathlib.Path(options.model_dir)
     model_dir.mkdir(parents=True, exist_ok=True)
+    records = log.read(options.model_dir)
+    check = functools.partial(_check_identity, identity=identity, options=options)
+    if _is_finished(options, records, check):
+        terminal.say(f"{options.model_dir} is trained to step {records[-1]['step']} already.")
+        return _result(records[-1], options)
     checkpoints = checkpointing.open_checkpoints(options.model_dir, options.keep_checkpoints)
-    first_step = checkpoints.latest_step() or 0
-    positions = input_pipeline.start_positions(input_options)
-    if first_step:
-        metadata = checkpointing.read_metadata(checkpoints, first_step)
-        _check_identity(metadata["identity"], identity, options.model_dir)
-        if first_step >= options.train_steps:
-            terminal.say(f"{options.model_dir} is trained to step {first_step} already.")
-            return _result({"step": first_step, **(log.read(options.model_dir) or [{}])[-1]}, options.model_dir)
-        positions = np.asarray(metadata["positions"], np.int64)
-        params, (opt_state, step) = checkpointing.restore(
-            checkpoints, first_step, state_shapes.params, (state_shapes.opt_state, state_shapes.step)
-        )
-        state = TrainState(step, params, opt_state)
+    found = checkpointing.restore_newest(checkpoints, shapes.params, (shapes.opt_state, shapes.step), check)
+    if found:
+        first_step, positions = found.step, np.asarray(found.metadata["positions"], np.int64)
+        state = TrainState(found.optimizer[1], found.params, found.optimizer[0])
         terminal.say(f"Resuming {options.model_dir} at step {first_step}.")
     else:
+        first_step, positions = 0, input_pipeline.start_positions(input_options)
         # Every shard is drawn on the device that keeps it.
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shapes)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
         state = jax.jit(initialize, out_shardings=shardings)(jax.random.key(options.seed))
         if initial_params is not None:
-            state = state._replace(params=initial_params(state_shapes.params))
-    batches = _on_device(
-        input_pipeline.PackedBatches(stream, positions, jax.process_index(), jax.process_count()), batch_sharding
-    )
+            state = state._replace(params=initial_params(shapes.params))
+    batches = input_pipeline.on_device(input_pipeline.local_batches(stream, positions), batch_sharding)
 
     # ---------------------------------------------------------------- the compiled steps
-    num_tasks = len(stream.tasks)
     train_step = jit_train_step(
-        make_train_step(graphdef, optimizer, step_options, num_tasks, options.seed, lora_options), state_shapes, mesh
+        make_train_step(graphdef, optimizer, step_options, len(names), options.seed, lora_options), shapes, mesh
     )
-    eval_step = jax.jit(make_eval_step(graphdef, num_tasks), in_shardings=(None, batch_sharding))
+    eval_step = jit_eval_step(make_eval_step(graphdef, len(names)), mesh)
     base_shardings = jax.tree.map(lambda leaf: leaf.sharding, base)
     merge = jax.jit(functools.partial(lora.merge, options=lora_options), out_shardings=base_shardings)
     add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
 
+    # ---------------------------------------------------------------- what follows a logged step
+    # A record counts once it is written: a run that was killed in an evaluation does it again when it is resumed.
+    run_log = log.RunLog(options.model_dir, [record for record in records if record["step"] <= first_step])
+
+    def conclude(step: int, record: dict[str, float], params: Any) -> None:
+        """Evaluates if it is time to, and logs."""
+        if _is_due(step, options.eval_period, options):
+            whole = params if base is None else merge(base, params)
+            with preemption.postponed(False):  # what is evaluated is saved
+                record = record | _evaluate(eval_step, evaluators, whole, held_out, batch_sharding, names)
+        run_log.write(step, record)
+        steering.write_best(run_log.records, options.best_metric, options.model_dir)
+
     # ---------------------------------------------------------------- the loop
-    with atomic_file(model_dir / "config.gin") as aside:
-        aside.write_text(gin.operative_config_str(), encoding="utf-8")
-    run_log = log.RunLog(options.model_dir, first_step)
-    names = [task.name for task in stream.tasks]
-    sums, speed = None, _Speed()
-    with terminal.progress("train", options.train_steps, "steps", done=first_step) as advance:
-        for step in range(first_step + 1, options.train_steps + 1):
+    if jax.process_index() == 0:
+        with atomic_file(model_dir / "config.gin") as aside:
+            aside.write_text(gin.operative_config_str(), encoding="utf-8")
+    lengths = input_options.task_feature_lengths
+    step_flops = flops.train_step_flops(config, input_options.batch_size, lengths["inputs"], lengths["targets"])
+    speed = measures.Speed(mesh, step_flops)
+    sums, positions_before, step = None, positions, first_step
+    with (
+        preemption.postponed(),
+        _closing(checkpoints, run_log),
+        failures.out_of_memory_explained(config, optimizer, mesh, step_options, input_options, lora_options),
+        measures.tracing(options.profile, options.model_dir) as trace,
+        terminal.progress("train", options.train_steps, "steps", done=first_step) as advance,
+    ):
+        if found and (not run_log.records or run_log.records[-1]["step"] < first_step):
+            conclude(first_step, found.metadata["record"], state.params)
+        while step < options.train_steps and not steering.ends(
+            run_log.records, options.best_metric, options.early_stopping
+        ):
+            step += 1
+            trace(step - first_step, state)
             with jax.transfer_guard("disallow"):
-                batch, positions = next(batches)
+                with speed.waiting():
+                    batch, positions = next(batches)
                 state, step_sums = train_step(state, batch, base)
                 sums = step_sums if sums is None else add(sums, step_sums)
             advance()
 
-            last = step == options.train_steps
-            evaluates = options.eval_period and (step % options.eval_period == 0 or last)
-            saves = step % options.checkpoint_period == 0 or last
+            leaves = preemption.requested(step)
+            evaluates = _is_due(step, options.eval_period, options)
+            saves = _is_due(step, options.checkpoint_period, options) or evaluates or leaves
             # The first step of a process is logged by itself: its time is the compiler's.
-            if not (step == first_step + 1 or step % options.log_period == 0 or evaluates or saves):
+            if not (step == first_step + 1 or step % options.log_period == 0 or saves):
                 continue
             sums = jax.device_get(sums)  # waits for the device: the one synchronisation of the loop
-            record = _metrics(sums, names) | speed.rates(sums)
-            if not np.isfinite(record["loss"]):
-                raise RunError(
-                    f"The loss is {record['loss']} in steps {step - int(sums['steps']) + 1} to {step}. The newest "
-                    f"checkpoint is of step {checkpoints.latest_step() or 'none'}; a lower LEARNING_RATE may help."
-                )
-            if evaluates and held_out is not None:
-                params = state.params if base is None else merge(base, state.params)
-                record |= _evaluate(eval_step, evaluators, params, held_out, batch_sharding, names)
-                del params
-            run_log.write(step, record)
+            record = measures.means(sums, names) | speed.rates(sums)
+            if schedule is not None:
+                record["learning_rate"] = float(schedule(step - 1))
+            if sums["nonfinite"] > 0:
+                raise failures.not_finite(step, sums, stream, positions_before, options.model_dir)
             advance(0, note=f"loss {record['loss']:.3f}")
             if saves:
-                metadata = {"identity": identity, "positions": _all_positions(positions).tolist()}
-                metadata["model"] = dataclasses.asdict(config)
+                metadata = {"identity": identity, "positions": input_pipeline.all_positions(stream, positions)}
+                metadata |= {"model": dataclasses.asdict(config), "record": record}
                 checkpointing.save(checkpoints, step, state.params, (state.opt_state, state.step), metadata)
-            sums = None
+            if leaves and step < options.train_steps:
+                raise Preempted(f"SIGTERM: saved step {step} in {options.model_dir}. The same command goes on.")
+            conclude(step, record, state.params)
+            sums, positions_before = None, positions
             speed.restart()
 
     # ---------------------------------------------------------------- done
-    checkpoints.wait_until_finished()
-    checkpoints.close()
-    run_log.close()
-    return _result({**record, "step": step, "tokens_per_second": speed.overall()}, options.model_dir)
+    if step < options.train_steps:
+        terminal.say(f"Stopped early at step {step}: {options.early_stopping} evaluations brought nothing better.")
+    return _result({**run_log.records[-1], "tokens_per_second": speed.overall()}, options)
+
+
+@contextlib.contextmanager
+def _closing(checkpoints: Any, run_log: log.RunLog) -> Iterator[None]:
+    """Whatever ends the loop: a checkpoint that is being written is written to its end."""
+    try:
+        yield
+        checkpointing.finish(checkpoints)
+    except Preempted:
+        checkpointing.finish(checkpoints)
+        raise
+    finally:
+        with contextlib.suppress(Exception):  # told of by `finish`, or another error is on its way
+            checkpoints.close()
+        run_log.close()
+
+
+def _is_due(step: int, period: int, options: TrainOptions) -> bool:
+    return period > 0 and (step % period == 0 or step == options.train_steps)
+
+
+def _is_finished(options: TrainOptions, records: list[dict[str, Any]], check: Callable[[dict[str, Any]], None]) -> bool:
+    """Whether there is nothing left to do, which the log and the newest checkpoint say."""
+    newest = next(iter(saved.steps(options.model_dir)), 0)
+    if not records or not options.train_steps <= newest == records[-1]["step"]:
+        return False
+    try:
+        check(saved.read_metadata(saved.folder_of(options.model_dir, newest)))
+    except DamagedCheckpoint:
+        return False
+    return True
 
 
 def _what_is_trained(params: Any, base: Any) -> str:
@@ -214,107 +291,44 @@ def _what_is_trained(params: Any, base: Any) -> str:
     return f"Training {count} parameters of adapters; the {of} of INITIAL_CHECKPOINT stay as they are."
 
 
-def _on_device(batches: Iterator[tuple[Any, np.ndarray]], sharding: Any, ahead: int = 2) -> Iterator[tuple[Any, Any]]:
-    """Moves batches to the devices a few steps before they are needed."""
-
-    def put(item: tuple[Any, np.ndarray]) -> tuple[Any, np.ndarray]:
-        batch, positions = item
-        return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch), positions
-
-    queue: collections.deque[tuple[Any, Any]] = collections.deque()
-    for item in batches:
-        queue.append(put(item))
-        if len(queue) > ahead:
-            yield queue.popleft()
-    yield from queue
-
-
-def _all_positions(positions: np.ndarray) -> np.ndarray:
-    """The positions of every process's shards, [S, 2]."""
-    if jax.process_count() == 1:
-        return positions
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(positions)).reshape(-1, 2)
-
-
 def _evaluate(
     eval_step: Callable[..., Any],
     evaluators: Sequence[Evaluator],
     params: Any,
-    held_out: input_pipeline.Stream,
+    held_out: Sequence[dict[str, np.ndarray]],
     sharding: Any,
     names: list[str],
 ) -> dict[str, float]:
-    """Validation loss over the first few batches of held-out samples, then what the evaluators yield."""
-    positions = input_pipeline.start_positions(held_out.options)
-    batches = input_pipeline.PackedBatches(held_out, positions, jax.process_index(), jax.process_count())
-    total: Any = None
-    for batch, _ in _on_device(itertools.islice(batches, VALIDATION_BATCHES), sharding):
-        sums = jax.device_get(eval_step(params, batch))
-        total = sums if total is None else jax.tree.map(np.add, total, sums)
-    values = {f"validation_{name}": value for name, value in _metrics(total, names).items() if "loss" in name}
+    """Validation loss over a few batches of held-out samples, then what the evaluators yield."""
+    sums = [jax.device_get(eval_step(params, input_pipeline.put(batch, sharding))) for batch in held_out]
+    total = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *sums)
+    values = {f"validation_{name}": value for name, value in measures.means(total, names).items() if "loss" in name}
     for evaluator in evaluators:
         values.update(evaluator(params))
     return values
 
 
-def _metrics(sums: dict[str, np.ndarray], names: list[str]) -> dict[str, float]:
-    """Means from sums: loss a sample (or token), overall and of each task, and how full the rows were."""
-    values = {
-        "loss": float(sums["loss"] / sums["weight"]),
-        "z_loss": float(sums["z_loss"] / sums["weight"]),
-        "packing_efficiency": float(sums["input_tokens"] / sums["slots"]),
-    }
-    if "steps" in sums:
-        values["gradient_norm"] = float(sums["gradient_norm"] / sums["steps"])
-    for task, name in enumerate(names):
-        if len(names) > 1 and sums["task_weight"][task] > 0:
-            values[f"loss/{name}"] = float(sums["task_loss"][task] / sums["task_weight"][task])
-            values[f"target_token_share/{name}"] = float(sums["task_tokens"][task] / sums["target_tokens"])
-    return values
-
-
-class _Speed:
-    """Useful tokens a second, without the time of compilation, evaluation and saving."""
-
-    def __init__(self) -> None:
-        self._since: float | None = None
-        self._tokens = self._seconds = 0.0
-
-    def restart(self) -> None:
-        """Training goes on from here."""
-        self._since = time.monotonic()
-
-    def rates(self, sums: dict[str, np.ndarray]) -> dict[str, float]:
-        """Since `restart`; nothing before the first one, since that time holds the compilation."""
-        if self._since is None:
-            return {}
-        seconds = time.monotonic() - self._since
-        tokens = float(sums["input_tokens"] + sums["target_tokens"])
-        self._tokens += tokens
-        self._seconds += seconds
-        return {"tokens_per_second": tokens / seconds, "steps_per_second": float(sums["steps"]) / seconds}
-
-    def overall(self) -> float | None:
-        """Since the process began; None after a single step."""
-        return self._tokens / self._seconds if self._seconds else None
-
-
-def _check_identity(saved: dict[str, Any], identity: dict[str, Any], model_dir: str) -> None:
+def _check_identity(metadata: dict[str, Any], identity: dict[str, Any], options: TrainOptions) -> None:
+    saved_one = metadata["identity"]
     changed = [
-        f"  {name}: {saved.get(name, 'nothing')} then, {identity.get(name, 'nothing')} now"
-        for name in sorted(saved.keys() | identity.keys())
-        if saved.get(name) != identity.get(name)
+        f"  {name}: {saved_one.get(name, 'nothing')} then, {identity.get(name, 'nothing')} now"
+        for name in sorted(saved_one.keys() | identity.keys())
+        if saved_one.get(name) != identity.get(name)
     ]
-    if changed:
-        raise InputError(
-            f"{model_dir} holds a run of another configuration; it can't be resumed with this one:\n"
-            + "\n".join(changed)
-            + "\nChange it back, or give another MODEL_DIR."
-        )
+    if not changed:
+        return
+    what = f"{options.model_dir} holds a run of another configuration"
+    if options.resume_changed:
+        terminal.warn(f"{what}, as RESUME_CHANGED allows:\n" + "\n".join(changed))
+        return
+    raise InputError(
+        f"{what}; it can't be resumed with this one:\n"
+        + "\n".join(changed)
+        + "\nChange it back, give another MODEL_DIR, or go on all the same with --gin.RESUME_CHANGED=True."
+    )
 
 
-def _result(record: dict[str, Any], model_dir: str) -> dict[str, Any]:
+def _result(record: dict[str, Any], options: TrainOptions) -> dict[str, Any]:
     names = ("step", "loss", "tokens_per_second", "packing_efficiency")
-    return {name: record.get(name) for name in names} | {"model_dir": model_dir}
+    result = {name: record.get(name) for name in names} | {"model_dir": options.model_dir}
+    return result if options.best_metric is None else result | {"best": saved.read_best(options.model_dir)}

@@ -1,0 +1,202 @@
+"""Checkpoints as those see them who use one: found, read, and held against the hashes that were saved with them.
+
+A checkpoint is `MODEL_DIR/checkpoints/STEP/{params,optimizer,metadata}`. Parameters and optimizer state are separate
+items: evaluation and inference read the parameters alone. The metadata is JSON:
+  identity: what a resumed run must have in common with the saved one;
+  model: the model's configuration (fields of T5Config);
+  positions: of the data shards;
+  record: what was measured up to the step;
+  fingerprints: a hash of every array, `params/...` and `optimizer/...`;
+  checksum: of all of this.
+The last three are a run's own; a converted model lacks them.
+"""
+
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from recalign_jax.checkpoint.arrays import Array, open_orbax, open_store
+from recalign_jax.checkpoint.fingerprints import fingerprints
+from recalign_jax.errors import InputError
+from recalign_jax.files import atomic_file
+
+DIRECTORY = "checkpoints"
+BEST = "best"
+_BEST_FILE = "best.json"
+
+
+class DamagedCheckpoint(InputError):
+    """A checkpoint that can't be read, or whose bits are not those that were saved."""
+
+
+def steps(model_dir: str) -> list[int]:
+    """The steps that a run has checkpoints of, newest first."""
+    directory = pathlib.Path(model_dir) / DIRECTORY
+    found = directory.iterdir() if directory.is_dir() else ()
+    return sorted((int(path.name) for path in found if path.name.isdigit()), reverse=True)
+
+
+def folder_of(model_dir: str, step: int) -> pathlib.Path:
+    """The folder of one checkpoint."""
+    return (pathlib.Path(model_dir) / DIRECTORY / str(step)).absolute()
+
+
+def locate(path: str) -> tuple[str, int]:
+    """Finds a checkpoint.
+
+    Args:
+      path: a MODEL_DIR or its `checkpoints` means the newest, `MODEL_DIR/best` the best by BEST_METRIC, a numbered
+        folder below `checkpoints` that one.
+
+    Returns:
+      (model_dir, step).
+
+    Raises:
+      InputError: when there is none.
+    """
+    given = pathlib.Path(path).absolute()
+    if given.name.isdigit() and given.parent.name == DIRECTORY and given.is_dir():
+        return str(given.parent.parent), int(given.name)
+    if given.name == BEST and not given.exists():
+        best = read_best(str(given.parent))
+        if best is None or best["step"] not in steps(str(given.parent)):
+            raise InputError(
+                f"{given.parent} has no best checkpoint: it needs EVAL_PERIOD and BEST_METRIC in training."
+            )
+        return str(given.parent), best["step"]
+    model_dir = str(given.parent if given.name == DIRECTORY else given)
+    found = steps(model_dir)
+    if not found:
+        raise InputError(f"No checkpoint at {path}. Give a MODEL_DIR of recalign train, or MODEL_DIR/{DIRECTORY}/STEP.")
+    return model_dir, found[0]
+
+
+def read_best(model_dir: str) -> dict[str, Any] | None:
+    """`step`, `metric` and `value` of the best evaluation so far; None if there was none."""
+    path = pathlib.Path(model_dir) / _BEST_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def write_best(model_dir: str, best: dict[str, Any]) -> None:
+    """Puts down what `read_best` returns."""
+    with atomic_file(pathlib.Path(model_dir) / _BEST_FILE) as aside:
+        aside.write_text(json.dumps(best), encoding="utf-8")
+
+
+def sealed(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Metadata with its checksum."""
+    return {**metadata, "checksum": _checksum(metadata)}
+
+
+def read_metadata(folder: pathlib.Path) -> dict[str, Any]:
+    """The metadata of a checkpoint. Raises DamagedCheckpoint."""
+    try:
+        metadata = json.loads((folder / "metadata" / "metadata").read_text(encoding="utf-8"))
+        checksum = metadata.pop("checksum", None)
+        intact = checksum in (None, _checksum(metadata)) and isinstance(metadata["identity"], dict)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise _damaged(folder, f"its metadata can't be read ({error})") from error
+    if not intact:
+        raise _damaged(folder, "its metadata are not those that were saved")
+    return metadata
+
+
+def read_tree(folder: pathlib.Path, item: str, tree: Any, metadata: dict[str, Any]) -> Any:
+    """Reads one item of a checkpoint, and checks that it is what was saved.
+
+    Args:
+      folder: of the checkpoint.
+      item: `params` or `optimizer`.
+      tree: ShapeDtypeStructs with the shardings that its arrays shall have.
+      metadata: of the checkpoint.
+
+    Returns:
+      The arrays, laid out as `tree`.
+
+    Raises:
+      InputError: when an array is missing or has another shape.
+      DamagedCheckpoint: when it can't be read, or is not what was saved.
+    """
+    checkpointer = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+    where = folder / item
+    try:
+        stored = _by_path(checkpointer.metadata(where).item_metadata.tree)
+    except Exception as error:  # whatever a library finds in a damaged file
+        raise _damaged(folder, f"{item} can't be opened ({_first_line(error)})") from error
+    for name, leaf in _by_path(tree).items():
+        found = tuple(stored[name].shape) if name in stored else "missing"
+        if found != tuple(leaf.shape):
+            raise InputError(
+                f"Checkpoint {folder}: parameter {name} is {found} there, the model has {tuple(leaf.shape)}. "
+                "Give the model's own gin file and the vocabulary it was trained with."
+            )
+    try:
+        restored = checkpointer.restore(where, args=ocp.args.StandardRestore(tree))
+    except Exception as error:
+        raise _damaged(folder, f"{item} can't be read ({_first_line(error)})") from error
+    saved = metadata.get("fingerprints")
+    if saved is not None:
+        changed = [name for name, value in fingerprints({item: restored}).items() if saved.get(name) != value]
+        if changed:
+            raise _damaged(folder, f"{', '.join(changed[:3])}{' ...' * (len(changed) > 3)} is not what was saved")
+    return restored
+
+
+def read_identity(path: str) -> dict[str, Any]:
+    """What a checkpoint was trained with: gin values and fingerprints. Raises InputError when there is none."""
+    return read_metadata(folder_of(*locate(path)))["identity"]
+
+
+def read_model(path: str) -> dict[str, Any]:
+    """The configuration of a checkpoint's model (fields of T5Config); empty if it doesn't say."""
+    return read_metadata(folder_of(*locate(path))).get("model", {})
+
+
+def read_arrays(path: str) -> dict[str, Array]:
+    """Opens the parameters of a checkpoint by their paths; nothing is read yet.
+
+    Raises InputError when there is none.
+    """
+    where = str(folder_of(*locate(path)) / "params")
+    return open_orbax(open_store(where), where)
+
+
+def load_params(path: str, params: Any) -> tuple[Any, int]:
+    """Reads the parameters of a checkpoint.
+
+    Args:
+      path: as `locate` takes it.
+      params: tree of ShapeDtypeStructs with shardings, that the parameters must have.
+
+    Returns:
+      (parameters, step).
+
+    Raises:
+      InputError: when there is no checkpoint, it is damaged, or a parameter is missing or has another shape.
+    """
+    model_dir, step = locate(path)
+    folder = folder_of(model_dir, step)
+    return read_tree(folder, "params", params, read_metadata(folder)), step
+
+
+def _damaged(folder: pathlib.Path, what: str) -> DamagedCheckpoint:
+    others = [step for step in steps(str(folder.parent.parent)) if step != int(folder.name)]
+    hint = f" {folder.parent}/{others[0]} is there, too." if others else ""
+    return DamagedCheckpoint(f"Checkpoint {folder} is damaged: {what}.{hint}")
+
+
+def _checksum(metadata: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

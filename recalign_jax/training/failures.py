@@ -1,0 +1,55 @@
+"""What a run says, and leaves behind, when it fails in a step."""
+
+import contextlib
+import itertools
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from recalign_jax.checkpoint import saved
+from recalign_jax.errors import RunError
+from recalign_jax.files import atomic_file
+from recalign_jax.training import input_pipeline, memory
+from recalign_jax.training.input_pipeline import Stream
+
+
+def not_finite(step: int, sums: dict[str, Any], stream: Stream, positions: np.ndarray, model_dir: str) -> RunError:
+    """Saves the batch of the first step whose loss or gradient is not finite; returns the error to raise.
+
+    Args:
+      step: the last step done.
+      sums: of the steps since the last look at them, of which `nonfinite` went wrong. The last ones, since parameters
+        that are not finite stay so.
+      stream: of training samples.
+      positions: of the data before these steps.
+      model_dir: of the run.
+    """
+    count, wrong = int(sums["steps"]), int(sums["nonfinite"])
+    first = step - wrong + 1
+    batches = input_pipeline.local_batches(stream, np.asarray(input_pipeline.all_positions(stream, positions)))
+    batch, _ = next(itertools.islice(batches, count - wrong, None))
+    process = f"_process_{jax.process_index()}" * (jax.process_count() > 1)
+    path = pathlib.Path(model_dir) / "not_finite" / f"step_{first}{process}.npz"
+    with atomic_file(path) as aside, aside.open("wb") as file:
+        np.savez_compressed(file, **batch)  # type: ignore[arg-type]
+    newest = next(iter(saved.steps(model_dir)), None)
+    return RunError(
+        f"Loss or gradient is not finite in steps {first} to {step}. The batch of step {first} is in {path}. "
+        f"The newest checkpoint is {'not there yet' if newest is None else f'of step {newest}'}; a lower "
+        "LEARNING_RATE, WARMUP_STEPS, or --gin.make_optimizer.max_gradient_norm=1.0 may help."
+    )
+
+
+@contextlib.contextmanager
+def out_of_memory_explained(*setup: Any) -> Iterator[None]:
+    """Turns a device's lack of memory into advice; takes what `memory.advice` takes."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        message = str(error).splitlines()[0]
+        raise RunError(f"Out of memory: {message}\n{memory.advice(*setup)}") from error

@@ -1,0 +1,181 @@
+"""Checkpoints that were altered, cut short, or could not be written: found out, named, and none good is lost."""
+
+import contextlib
+import json
+import resource
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from recalign_jax.checkpoint import saved, training
+from recalign_jax.checkpoint.fingerprints import fingerprints
+from recalign_jax.checkpoint.saved import DamagedCheckpoint
+from recalign_jax.errors import InputError, RunError
+
+
+def trees(step: int):
+    """(parameters, optimizer state) of a step."""
+    random = np.random.default_rng(step)
+    params = {
+        "a": {"kernel": random.standard_normal((300, 40), np.float32)},
+        "b": random.standard_normal(7, np.float32),
+    }
+    return params, ({"moment": random.standard_normal((300,), np.float32)}, np.int32(step))
+
+
+def shapes(tree):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), np.asarray(leaf).dtype), tree)
+
+
+def save(model_dir, steps, keep=3):
+    with training.open_checkpoints(str(model_dir), keep) as checkpoints:
+        for step in steps:
+            training.save(checkpoints, step, *trees(step), {"identity": {"x": "1"}, "positions": [[0, 4]]})
+        training.finish(checkpoints)
+
+
+def restore(model_dir):
+    with training.open_checkpoints(str(model_dir)) as checkpoints:
+        return training.restore_newest(checkpoints, *shapes(trees(0)), lambda metadata: None)
+
+
+def check(restored, step):
+    assert restored.step == step
+    jax.tree.map(np.testing.assert_array_equal, (restored.params, restored.optimizer), trees(step))
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two") / "run"
+    save(folder, [1, 2])
+    return folder
+
+
+def test_the_newest_is_restored(two_steps):
+    check(restore(two_steps), 2)
+    assert not list(two_steps.glob("damaged*"))
+
+
+DAMAGES = {
+    "cut": lambda data: data[: len(data) // 2],
+    "emptied": lambda data: b"",
+    "flipped": lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :],
+    "removed": None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_to_any_file_is_found_or_does_no_harm(two_steps, tmp_path, damage, capsys):
+    files = [path.relative_to(two_steps) for path in (two_steps / "checkpoints" / "2").rglob("*") if path.is_file()]
+    assert len(files) > 8
+    found = 0
+    for number, file in enumerate(files):
+        copy = tmp_path / str(number)
+        shutil.copytree(two_steps, copy)
+        alter = DAMAGES[damage]
+        if alter is None:
+            (copy / file).unlink()
+        elif (data := (copy / file).read_bytes()) == alter(data):
+            continue  # an empty file
+        else:
+            (copy / file).write_bytes(alter(data))
+        restored = restore(copy)
+        if restored.step == 1:
+            found += 1
+            assert f"{copy}/checkpoints/2 is damaged" in capsys.readouterr().err.replace("\n", "")
+            assert (copy / "damaged_checkpoints" / "2").is_dir()
+        check(restored, restored.step)
+    assert found >= 4
+
+
+def test_altered_numbers_are_named(two_steps, tmp_path):
+    """Not by the file's own checksums: the arrays are written anew, with one bit changed."""
+    shutil.copytree(two_steps, tmp_path / "run")
+    params, optimizer = trees(2)
+    params["a"]["kernel"].view(np.uint32)[17, 3] ^= 1
+    save(tmp_path / "other", [2])
+    with training.open_checkpoints(str(tmp_path / "forged")) as checkpoints:
+        training.save(checkpoints, 2, params, optimizer, {"identity": {}, "positions": []})
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2" / "params")
+    shutil.copytree(tmp_path / "forged" / "checkpoints" / "2" / "params", tmp_path / "run/checkpoints/2/params")
+    with pytest.raises(DamagedCheckpoint, match=r"params/a/kernel is not what was saved.*checkpoints/1 is there, too"):
+        saved.load_params(str(tmp_path / "run"), shapes(params))
+    check(restore(tmp_path / "run"), 1)
+
+
+def test_altered_metadata_are_found(two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / "2" / "metadata" / "metadata"
+    metadata = json.loads(file.read_text())
+    metadata["positions"] = [[0, 5]]
+    file.write_text(json.dumps(metadata))
+    check(restore(tmp_path / "run"), 1)
+
+
+def test_without_a_whole_one_nothing_is_begun_anew(two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path / "run")
+    for step in ("1", "2"):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / step / "optimizer")
+    with pytest.raises(RunError, match="None of the 2 checkpoints"):
+        restore(tmp_path / "run")
+    assert len(list((tmp_path / "run" / "damaged_checkpoints").iterdir())) == 2
+
+
+def test_another_model_is_no_damage(two_steps):
+    params, optimizer = trees(2)
+    params["b"] = np.zeros(9, np.float32)
+    with training.open_checkpoints(str(two_steps)) as checkpoints, pytest.raises(InputError, match="parameter b is"):
+        training.restore_newest(checkpoints, shapes(params), shapes(optimizer), lambda metadata: None)
+    assert saved.steps(str(two_steps)) == [2, 1]
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int):
+    """As on a full disk, writing fails once a file has so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_what_cannot_be_written_costs_no_good_one(tmp_path):
+    model_dir = tmp_path / "run"
+    save(model_dir, [1], keep=1)
+    with (
+        files_of_at_most(2**10),
+        pytest.raises(RunError, match=r"could not be written .* newest whole one is of step 1"),
+    ):
+        save(model_dir, [2], keep=1)
+    assert saved.steps(str(model_dir)) == [1]
+    check(restore(model_dir), 1)
+    save(model_dir, [2], keep=1)  # there is room again
+    assert [path.name for path in (model_dir / "checkpoints").iterdir()] == ["2"]
+
+
+def test_a_disk_without_room_is_not_filled_up(tmp_path, monkeypatch):
+    save(tmp_path / "run", [1])
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=40_000))
+    with pytest.raises(RunError, match=r"needs 0.0 MiB, and 0.0 MiB are free.* newest whole one is of step 1"):
+        save(tmp_path / "run", [2])
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
+
+
+def test_what_a_killed_process_left_half_written_is_removed(two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path / "run")
+    half = tmp_path / "run" / "checkpoints" / "3.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "run" / "checkpoints" / "2", half)
+    check(restore(tmp_path / "run"), 2)
+    save(tmp_path / "run", [3])
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"1", "2", "3"}
+
+
+def test_hashes_do_not_depend_on_where_arrays_lie():
+    tree = shapes(trees(2))
+    assert fingerprints({"x": trees(2)}) == fingerprints({"x": jax.tree.map(jax.numpy.asarray, trees(2))})
+    assert fingerprints({"x": trees(2)}) != fingerprints({"x": trees(1)})
+    assert len(fingerprints(trees(2))) == len(jax.tree.leaves(tree))
