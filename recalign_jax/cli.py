@@ -3,12 +3,14 @@
 import argparse
 import importlib
 import json
+import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from recalign_jax import __version__
-from recalign_jax.errors import RecalignError, did_you_mean
+from recalign_jax.errors import Preempted, RecalignError, did_you_mean
 
 # command -> help. Its module in `commands` has add_arguments(parser) and run(args) -> dict; if its USES_GIN is
 # true, gin is parsed before it runs.
@@ -21,7 +23,11 @@ COMMANDS = {
     "infer": "batch inference: the best items for every user",
     "convert": "between checkpoint formats",
     "baseline": "evaluate a conventional baseline",
+    "plan": "compile the train step for a TPU topology that isn't there",
+    "doctor": "check devices, mesh, memory, a step, a checkpoint",
 }
+# These may run as several processes.
+RUNS_ON_DEVICES = ("train", "eval", "infer", "doctor")
 
 
 def _usage() -> str:
@@ -40,7 +46,7 @@ def _usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0 done, 1 failed run, 2 bad input."""
+    """Runs one command; returns the exit status: 0 done, 1 failed run, 2 bad input, 75 stopped and saved."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
@@ -54,26 +60,41 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"recalign: unknown command {name!r}.{did_you_mean(name, COMMANDS)} See recalign --help.", file=sys.stderr
         )
         return 2
+    # Late: rich's import would take half of the time of --help.
+    from recalign_jax import distributed, terminal
+
     try:
-        return _run(name, rest)
+        return distributed.end(_run(name, rest), together=True)
     except RecalignError as error:
-        print(f"recalign {name}: {error.message}", file=sys.stderr)
-        return error.exit_status
+        print(f"recalign {name}: {terminal.prefix()}{error.message}", file=sys.stderr)
+        return distributed.end(error.exit_status, error.message, together=isinstance(error, Preempted))
     except KeyboardInterrupt:
-        print(f"recalign {name}: interrupted", file=sys.stderr)
-        return 130
+        print(f"recalign {name}: {terminal.prefix()}interrupted", file=sys.stderr)
+        return distributed.end(130, "interrupted")
+    except Exception as error:
+        distributed.await_others_failure()
+        traceback.print_exc()
+        return distributed.end(1, repr(error))
 
 
 def _run(name: str, arguments: list[str]) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import absl.logging
 
-    absl.logging.set_verbosity(absl.logging.ERROR)  # SeqIO and Orbax tell of every step they take
+    from recalign_jax import distributed, hardware, terminal
+
+    if not hardware.has_tpu():
+        hardware.tell_libtpu_of_no_tpu()
+    # SeqIO and Orbax tell of every step they take; an error is told of once, by us.
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     module = importlib.import_module(f"recalign_jax.commands.{name}")
     parser = argparse.ArgumentParser(prog=f"recalign {name}", description=COMMANDS[name], allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="last line on standard output: one JSON object")
     parser.add_argument("--data_dir", help="where corpora are (default: $RECALIGN_DATA_DIR, then ~/recalign_data)")
     uses_gin = getattr(module, "USES_GIN", False)
+    if name in RUNS_ON_DEVICES:
+        distributed.add_arguments(parser)
     if uses_gin:
         from recalign_jax import gin_config
 
@@ -84,10 +105,12 @@ def _run(name: str, arguments: list[str]) -> int:
         gin_config.parse(args.gin_file, gin_config.bindings_of(left))
     else:
         args = parser.parse_args(arguments)
+    if name in RUNS_ON_DEVICES:
+        distributed.start(args, saves_on_sigterm=name == "train")
     result = module.run(args)
-    if args.json:
+    if args.json and terminal.speaks():
         print(json.dumps(result), flush=True)
-    return 0
+    return 0 if result.get("ok", True) else 1
 
 
 if __name__ == "__main__":

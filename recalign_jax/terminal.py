@@ -1,5 +1,6 @@
 """What a person sees: progress with rate and ETA, and tables. Everything here goes to standard error or,
-for results, to standard output through one shared console."""
+for results, to standard output through one shared console. Of several processes only process 0 speaks, but for
+warnings, which say whose they are."""
 
 import contextlib
 import os
@@ -14,6 +15,29 @@ from rich.text import Text
 
 # Log files get a line at this interval instead of a bar that redraws itself.
 PLAIN_INTERVAL_SECONDS = 10.0
+
+_process: int | None = None  # None: there is only one
+
+
+def set_process(number: int) -> None:
+    """Says that this is one of several processes."""
+    global _process
+    _process = number
+
+
+def process() -> int | None:
+    """The number of this process among several, or None."""
+    return _process
+
+
+def prefix() -> str:
+    """What stands before warnings and errors: `process 3: ` where there are several processes."""
+    return "" if _process is None else f"process {_process}: "
+
+
+def speaks() -> bool:
+    """Whether this process prints what all of them have to say."""
+    return not _process
 
 
 class _RateColumn(ProgressColumn):
@@ -48,7 +72,9 @@ def progress(description: str, total: int | None, unit: str = "it", done: int = 
     On a terminal it is a bar; elsewhere one line every ten seconds and one at the end, so that log files
     stay readable. `done` is what was finished before (a resumed run); it does not count for the rate.
     """
-    if sys.stderr.isatty():
+    if not speaks():
+        yield lambda n=1, note=None: None
+    elif sys.stderr.isatty():
         with _bar(description, total, unit, done) as advance:
             yield advance
     else:
@@ -124,16 +150,19 @@ def quiet_libraries() -> Iterator[None]:
 
 def say(message: str) -> None:
     """Prints a line for the person (standard output, no markup interpreted)."""
-    Console().print(message, markup=False, highlight=False, soft_wrap=True)
+    if speaks():
+        Console().print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def warn(message: str) -> None:
     """Prints a warning to standard error."""
-    Console(stderr=True).print(f"warning: {message}", markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(f"warning: {prefix()}{message}", markup=False, highlight=False, soft_wrap=True)
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints a table: the first column to the left, the others (numbers) to the right."""
+    if not speaks():
+        return
     drawn = Table(title=Text(title), title_justify="left")
     for number, name in enumerate(header):
         drawn.add_column(Text(name), justify="left" if number == 0 else "right")

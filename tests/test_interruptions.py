@@ -1,0 +1,76 @@
+"""Real processes that are killed, told to leave, or several at once: the run is always the same."""
+
+import os
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from recalign_jax.checkpoint import saved
+from recalign_jax.training import log
+from tests import kill_and_resume
+
+ROWS = "--gin.BATCH_SIZE=8"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A prepared corpus with a vocabulary."""
+    folder = tmp_path_factory.mktemp("interruptions")
+    kill_and_resume.prepare(folder)
+    return folder
+
+
+def test_a_run_that_is_killed_three_times(tmp_path):
+    result = kill_and_resume.kill_and_resume(tmp_path, times=3, seed=0)
+    assert result["identical"]
+    assert result["kills"] == 3
+    assert result["while_writing"] >= 1
+    assert result["checkpoints"] == 4 * kill_and_resume.STEPS_A_KILL // kill_and_resume.CHECKPOINT_PERIOD
+
+
+def test_sigterm_saves_and_leaves_with_its_own_status(folder):
+    process = kill_and_resume.train(folder, "told", 10**6, "--gin.CHECKPOINT_PERIOD=1000000")
+    kill_and_resume.until(process, lambda: kill_and_resume.has_logged(folder / "told", 3))
+    told = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    assert time.monotonic() - told < 25  # the shortest grace period that schedulers give is 30 seconds
+    last = log.read(str(folder / "told"))[-1]["step"]
+    (step,) = saved.steps(str(folder / "told"))
+    assert last <= step <= last + 1
+    assert f"SIGTERM: saved step {step}" in (folder / "told.log").read_text()
+
+
+def test_two_processes_train_as_one(folder):
+    """Each of four devices, all axes of the mesh larger than one; evaluation, too."""
+    more = ("--gin.DROPOUT_RATE=0.0", "--gin.EVAL_PERIOD=4", "--gin.NUM_BEAMS=5", ROWS)
+    assert kill_and_resume.train(folder, "one", 4, *more).wait() == 0
+    script = [str(kill_and_resume.ROOT / "launch" / "local_processes.sh"), "2", "4", "--"]
+    arguments = kill_and_resume.arguments(folder, "two", 4, *more, "--gin.MESH={'data': 2, 'fsdp': 2, 'model': 2}")
+    done = subprocess.run(
+        [*script, "train", *arguments], env=kill_and_resume.environment(folder) | {"LOG_DIR": str(folder / "logs")},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, two = (log.read(str(folder / name)) for name in ("one", "two"))
+    assert [record["step"] for record in one] == [record["step"] for record in two] == [1, 2, 3, 4]
+    for name in ("loss", "gradient_norm", "loss/shop_retrieval_token"):
+        np.testing.assert_allclose([r[name] for r in two], [r[name] for r in one], rtol=1e-5, err_msg=name)
+    names = [name for name in one[-1] if name.startswith("validation_") and "loss" not in name]
+    assert len(names) > 5
+    assert [two[-1][name] for name in names] == [one[-1][name] for name in names]
+
+
+def test_processes_that_are_told_to_leave_save_together(folder):
+    arguments = kill_and_resume.arguments(folder, "both", 10**6, "--gin.CHECKPOINT_PERIOD=1000000", ROWS)
+    environment = kill_and_resume.environment(folder) | {"LOG_DIR": str(folder / "both_logs")}
+    command = [str(kill_and_resume.ROOT / "launch" / "local_processes.sh"), "2", "1", "--", "train", *arguments]
+    with (folder / "both.log").open("w") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+    kill_and_resume.until(process, lambda: kill_and_resume.has_logged(folder / "both", 3))
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=90) == 75
+    assert len(saved.steps(str(folder / "both"))) == 1
