@@ -36,6 +36,16 @@ def _fresh_gin():
     gin.clear_config()
 
 
+@pytest.fixture(scope="module")
+def fast_compilation():
+    """For files whose time is the compiler's: programs are compiled as they stand, and run more slowly."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> pathlib.Path:
     return tmp_path_factory.mktemp("recalign_data")

@@ -97,7 +97,7 @@ def arguments(folder: pathlib.Path, name: str, steps: int, *more: str) -> list[s
         *("--data_dir", str(folder), "--gin_file", "gin_configs/models/t5_tiny.gin"),
         *("--gin_file", "gin_configs/runs/finetune.gin", f"--gin.MODEL_DIR={folder / name}"),
         *("--gin.MIXTURE_OR_TASK_NAME=shop_retrieval_aligned_token", f"--gin.VOCABULARY={folder / 'words.model'}"),
-        *(f"--gin.TRAIN_STEPS={steps}", "--gin.BATCH_SIZE=4", "--gin.LOG_PERIOD=1", "--gin.KEEP_CHECKPOINTS=1000"),
+        *(f"--gin.TRAIN_STEPS={steps}", "--gin.BATCH_SIZE=8", "--gin.LOG_PERIOD=1", "--gin.KEEP_CHECKPOINTS=1000"),
         *(f"--gin.CHECKPOINT_PERIOD={CHECKPOINT_PERIOD}", "--gin.TASK_FEATURE_LENGTHS={'inputs': 128, 'targets': 32}"),
         *more,
     ]

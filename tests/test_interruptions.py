@@ -12,8 +12,6 @@ from recalign_jax.checkpoint import saved
 from recalign_jax.training import log
 from tests import kill_and_resume
 
-ROWS = "--gin.BATCH_SIZE=8"
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -46,7 +44,7 @@ def test_sigterm_saves_and_leaves_with_its_own_status(folder):
 
 def test_two_processes_train_as_one(folder):
     """Each of four devices, all axes of the mesh larger than one; evaluation, too."""
-    more = ("--gin.DROPOUT_RATE=0.0", "--gin.EVAL_PERIOD=4", "--gin.NUM_BEAMS=5", ROWS)
+    more = ("--gin.DROPOUT_RATE=0.0", "--gin.EVAL_PERIOD=4", "--gin.NUM_BEAMS=5")
     assert kill_and_resume.train(folder, "one", 4, *more).wait() == 0
     script = [str(kill_and_resume.ROOT / "launch" / "local_processes.sh"), "2", "4", "--"]
     arguments = kill_and_resume.arguments(folder, "two", 4, *more, "--gin.MESH={'data': 2, 'fsdp': 2, 'model': 2}")
@@ -65,7 +63,7 @@ def test_two_processes_train_as_one(folder):
 
 
 def test_processes_that_are_told_to_leave_save_together(folder):
-    arguments = kill_and_resume.arguments(folder, "both", 10**6, "--gin.CHECKPOINT_PERIOD=1000000", ROWS)
+    arguments = kill_and_resume.arguments(folder, "both", 10**6, "--gin.CHECKPOINT_PERIOD=1000000")
     environment = kill_and_resume.environment(folder) | {"LOG_DIR": str(folder / "both_logs")}
     command = [str(kill_and_resume.ROOT / "launch" / "local_processes.sh"), "2", "1", "--", "train", *arguments]
     with (folder / "both.log").open("w") as output:

@@ -22,15 +22,9 @@ from recalign_jax.training.train import TrainOptions, train
 from seqio_tasks import specs
 from seqio_tasks.components import CorpusTask
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 ROWS = InputOptions(task_feature_lengths={"inputs": 64, "targets": 16}, batch_size=8, window=256)
 METRIC = "validation_recall@10"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

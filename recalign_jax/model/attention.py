@@ -6,11 +6,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from recalign_jax.model.config import T5Config
-from recalign_jax.model.layers import Dense, Initializer, dropout
+from recalign_jax.model.dot_product_attention import MASKED, dot_product_attention
+from recalign_jax.model.layers import Dense, Initializer
 from recalign_jax.partitioning import constrain
 
-# As in T5X. Finite, so that a query that may attend to nothing (padding) gets uniform weights instead of NaN.
-MASKED = -1e10
 _INIT: Initializer = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
@@ -64,9 +63,7 @@ class Attention(nnx.Module):
           [B, L, D].
         """
         keys, values = self.keys_and_values(context)
-        logits = jnp.einsum("BLNH,BMNH->BNLM", self.queries(x), keys, preferred_element_type=jnp.float32)
-        weights = dropout(softmax(logits, mask, bias).astype(x.dtype), noise)
-        return self.output(jnp.einsum("BNLM,BMNH->BLNH", weights, values))
+        return self.output(dot_product_attention(self.queries(x), keys, values, mask, bias, noise))
 
 
 def softmax(logits: jax.Array, mask: jax.Array, bias: jax.Array | None) -> jax.Array:

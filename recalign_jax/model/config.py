@@ -38,7 +38,7 @@ class T5Config:
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
-    remat: str = "none"  # what the backward pass computes again: no matrix product, those of attention, all
+    remat: str = "none"  # what the backward pass computes again: attention's logits, all of attention's products, all
 
     def __post_init__(self) -> None:
         _check("activation_dtype", self.activation_dtype, ACTIVATION_DTYPES)
