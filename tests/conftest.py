@@ -38,12 +38,14 @@ def _fresh_gin():
 
 @pytest.fixture(scope="module")
 def fast_compilation():
-    """For files whose time is the compiler's: programs are compiled as they stand, and run more slowly."""
+    """For files whose time is the compiler's: programs are compiled as they stand, also in other processes."""
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ from recalign_jax.training import log
 from tests.corpora import write_tables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-STEPS_A_KILL, CHECKPOINT_PERIOD = 12, 4
+STEPS_A_KILL, CHECKPOINT_PERIOD = 8, 4
 MOMENTS = ("writing", "step", "time")  # after which a process is killed, in turn
 
 

@@ -1,6 +1,5 @@
 """Real processes that are killed, told to leave, or several at once: the run is always the same."""
 
-import os
 import signal
 import subprocess
 import time
@@ -42,33 +41,30 @@ def test_sigterm_saves_and_leaves_with_its_own_status(folder):
     assert f"SIGTERM: saved step {step}" in (folder / "told.log").read_text()
 
 
-def test_two_processes_train_as_one(folder):
-    """Each of four devices, all axes of the mesh larger than one; evaluation, too."""
-    more = ("--gin.DROPOUT_RATE=0.0", "--gin.EVAL_PERIOD=4", "--gin.NUM_BEAMS=5")
-    assert kill_and_resume.train(folder, "one", 4, *more).wait() == 0
-    script = [str(kill_and_resume.ROOT / "launch" / "local_processes.sh"), "2", "4", "--"]
-    arguments = kill_and_resume.arguments(folder, "two", 4, *more, "--gin.MESH={'data': 2, 'fsdp': 2, 'model': 2}")
-    done = subprocess.run(
-        [*script, "train", *arguments], env=kill_and_resume.environment(folder) | {"LOG_DIR": str(folder / "logs")},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_two_processes_leave_together_and_train_as_one(folder):
+    """Each of four devices, all axes of the mesh larger than one; with evaluation."""
+    more = ("--gin.DROPOUT_RATE=0.0", "--gin.NUM_BEAMS=5", "--gin.CHECKPOINT_PERIOD=1000000")
+    mesh = "--gin.MESH={'data': 2, 'fsdp': 2, 'model': 2}"
+    environment = kill_and_resume.environment(folder) | {"LOG_DIR": str(folder / "logs")}
+
+    def start(steps, *evaluation):
+        script = [str(kill_and_resume.ROOT / "launch" / "local_processes.sh"), "2", "4", "--", "train"]
+        arguments = kill_and_resume.arguments(folder, "two", steps, *more, mesh, *evaluation)
+        with (folder / "two.log").open("a") as output:
+            return subprocess.Popen([*script, *arguments], env=environment, stdout=output, stderr=output)
+
+    process = start(10**6)
+    kill_and_resume.until(process, lambda: kill_and_resume.has_logged(folder / "two", 2))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=90) == 75
+    (saved_step,) = saved.steps(str(folder / "two"))
+    steps, evaluation = saved_step + 2, "--gin.EVAL_PERIOD=1000000"
+    assert start(steps, evaluation).wait(timeout=300) == 0
+    assert kill_and_resume.train(folder, "one", steps, *more, evaluation).wait() == 0
     one, two = (log.read(str(folder / name)) for name in ("one", "two"))
-    assert [record["step"] for record in one] == [record["step"] for record in two] == [1, 2, 3, 4]
+    assert [record["step"] for record in one] == [record["step"] for record in two] == [*range(1, steps + 1)]
     for name in ("loss", "gradient_norm", "loss/shop_retrieval_token"):
         np.testing.assert_allclose([r[name] for r in two], [r[name] for r in one], rtol=1e-5, err_msg=name)
     names = [name for name in one[-1] if name.startswith("validation_") and "loss" not in name]
     assert len(names) > 5
     assert [two[-1][name] for name in names] == [one[-1][name] for name in names]
-
-
-def test_processes_that_are_told_to_leave_save_together(folder):
-    arguments = kill_and_resume.arguments(folder, "both", 10**6, "--gin.CHECKPOINT_PERIOD=1000000")
-    environment = kill_and_resume.environment(folder) | {"LOG_DIR": str(folder / "both_logs")}
-    command = [str(kill_and_resume.ROOT / "launch" / "local_processes.sh"), "2", "1", "--", "train", *arguments]
-    with (folder / "both.log").open("w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-    kill_and_resume.until(process, lambda: kill_and_resume.has_logged(folder / "both", 3))
-    os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=90) == 75
-    assert len(saved.steps(str(folder / "both"))) == 1

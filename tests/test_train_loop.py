@@ -197,11 +197,13 @@ def test_what_is_logged(run, tmp_path):
 
 @pytest.mark.devices8
 def test_a_run_goes_on_over_other_devices(run, tmp_path):
-    one, eight = (partitioning.make_mesh(shape, jax.devices()[:n]) for shape, n in (({}, 1), ({"data": 8}, 8)))
-    parts = partitioning.make_mesh({"data": 2, "fsdp": 2, "model": 2})
+    one, parts = (
+        partitioning.make_mesh({}, jax.devices()[:1]),
+        partitioning.make_mesh({"data": 2, "fsdp": 2, "model": 2}),
+    )
     run("calm", mesh=one)
-    for number, mesh in enumerate((eight, parts, one)):
-        run("moved", mesh=mesh, train_steps=(3, 5, 8)[number])
+    run("moved", mesh=parts, train_steps=4)
+    run("moved", mesh=one)
     losses = [np.asarray([loss for _, loss, _ in curve(tmp_path / name)]) for name in ("calm", "moved")]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
