@@ -95,7 +95,6 @@ def test_altered_numbers_are_named(two_steps, tmp_path):
     shutil.copytree(two_steps, tmp_path / "run")
     params, optimizer = trees(2)
     params["a"]["kernel"].view(np.uint32)[17, 3] ^= 1
-    save(tmp_path / "other", [2])
     with training.open_checkpoints(str(tmp_path / "forged")) as checkpoints:
         training.save(checkpoints, 2, params, optimizer, {"identity": {}, "positions": []})
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "2" / "params")

@@ -242,10 +242,10 @@ def test_bad_options(base, changes, says):
 
 
 @pytest.mark.devices8
-@pytest.mark.parametrize("optimizer", ["adafactor", "adamw"])
-def test_every_mesh_trains_the_same_adapters(base, batch, optimizer):
-    # Two steps: where a gradient is nearly zero, Adafactor makes a step of its sign, and a third one of its last bits.
-    expected = trained(base, batch, make_optimizer(optimizer, 0.02), 2)[0][-1].params
+@pytest.mark.parametrize(("optimizer", "steps"), [("adafactor", 2), ("adamw", 3)])
+def test_every_mesh_trains_the_same_adapters(base, batch, optimizer, steps):
+    # Where a gradient is nearly zero, Adafactor makes a step of its sign, and a third step of its last bits.
+    expected = trained(base, batch, make_optimizer(optimizer, 0.02), steps)[0][-1].params
     for shape in ({"fsdp": 8}, {"data": 2, "fsdp": 2, "model": 2}):
         mesh = partitioning.make_mesh(shape)
         on_mesh = jax.tree.map(
@@ -261,7 +261,7 @@ def test_every_mesh_trains_the_same_adapters(base, batch, optimizer):
             assert query["a"].sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", None)
             assert query["b"].sharding.spec == jax.sharding.PartitionSpec(None, None, "model")
         step = jax.jit(make_train_step(t5.graph(CONFIG), made, StepOptions(1e-4), 1, 0, OPTIONS))
-        for _ in range(2):
+        for _ in range(steps):
             state, _ = step(state, batch, on_mesh)
         for path, array in flat(state.params).items():
             np.testing.assert_allclose(array, flat(expected)[path], rtol=1e-4, atol=1e-6, err_msg=path)

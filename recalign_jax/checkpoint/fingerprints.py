@@ -9,13 +9,18 @@ import jax.numpy as jnp
 from recalign_jax.checkpoint import stacking
 
 
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their paths, as `params/encoder/encoder_norm/scale`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
 def fingerprints(tree: Any) -> dict[str, int]:
     """A hash of every array of a nested dict (or NamedTuple, ...) by its path; elements have four bytes each.
 
     It is computed where the arrays are: every device reads its own part, whatever the number of processes.
     """
-    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in _leaves(tree)}
-    return {path: int(value) for path, value in jax.device_get(_hashes(leaves)).items()}
+    return {path: int(value) for path, value in jax.device_get(_hashes(by_path(tree))).items()}
 
 
 def fingerprint(params: Any) -> str:
@@ -24,10 +29,6 @@ def fingerprint(params: Any) -> str:
     hashes = {path: fingerprints({path: jnp.asarray(leaf)})[path] for path, leaf in flat.items()}
     text = "".join(f"{path} {flat[path].shape} {hashes[path]}\n" for path in sorted(flat))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _leaves(tree: Any) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_leaves_with_path(tree)
 
 
 @jax.jit

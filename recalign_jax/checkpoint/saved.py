@@ -16,11 +16,10 @@ import json
 import pathlib
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 from recalign_jax.checkpoint.arrays import Array, open_orbax, open_store
-from recalign_jax.checkpoint.fingerprints import fingerprints
+from recalign_jax.checkpoint.fingerprints import by_path, fingerprints
 from recalign_jax.errors import InputError
 from recalign_jax.files import atomic_file
 
@@ -124,10 +123,10 @@ def read_tree(folder: pathlib.Path, item: str, tree: Any, metadata: dict[str, An
     checkpointer = ocp.Checkpointer(ocp.StandardCheckpointHandler())
     where = folder / item
     try:
-        stored = _by_path(checkpointer.metadata(where).item_metadata.tree)
+        stored = by_path(checkpointer.metadata(where).item_metadata.tree)
     except Exception as error:  # whatever a library finds in a damaged file
         raise _damaged(folder, f"{item} can't be opened ({_first_line(error)})") from error
-    for name, leaf in _by_path(tree).items():
+    for name, leaf in by_path(tree).items():
         found = tuple(stored[name].shape) if name in stored else "missing"
         if found != tuple(leaf.shape):
             raise InputError(
@@ -195,8 +194,3 @@ def _checksum(metadata: dict[str, Any]) -> str:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

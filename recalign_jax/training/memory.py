@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from recalign_jax import partitioning
+from recalign_jax.hardware import GIB
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
 from recalign_jax.model.lora import LoraOptions
@@ -21,8 +22,7 @@ from recalign_jax.training.step import StepOptions, abstract_state, jit_train_st
 
 Setting = dict[str, Any]  # macro -> value
 LOGITS_CHUNKS = 8
-_GIB = 2**30
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": _GIB, "T": 2**40}
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 # How XLA says what it would have needed: of all memory, or of temporaries alone.
 _NEEDED = (re.compile(r"Used ([\d.]+)([KMGT]?) of"), re.compile(r"temporaries \(([\d.]+)([KMGT]?)\)"))
 
@@ -134,11 +134,11 @@ def advice(
     """
     job = Job(config, optimizer, mesh, step_options, input_options, lora_options)
     whole = footprint(job).hbm_bytes
-    lines = [f"A step of these settings needs {whole / _GIB:.3g} GiB a device."]
+    lines = [f"A step of these settings needs {whole / GIB:.3g} GiB a device."]
     for setting, changed in savings(job):
         less = footprint(changed).hbm_bytes
         if less < whole:
-            lines.append(f"  {as_flags(setting)} saves {(whole - less) / _GIB:.3g} GiB of them.")
+            lines.append(f"  {as_flags(setting)} saves {(whole - less) / GIB:.3g} GiB of them.")
     if len(lines) == 1:
         lines.append("  No setting makes that less: take more devices, or a smaller model.")
     return "\n".join(lines)

@@ -212,9 +212,8 @@ def train(
     ):
         if found and (not run_log.records or run_log.records[-1]["step"] < first_step):
             conclude(first_step, found.metadata["record"], state.params)
-        while step < options.train_steps and not steering.ends(
-            run_log.records, options.best_metric, options.early_stopping
-        ):
+        ended = steering.ends(run_log.records, options.best_metric, options.early_stopping)
+        while step < options.train_steps and not ended:
             step += 1
             trace(step - first_step, state)
             with jax.transfer_guard("disallow"):
@@ -244,6 +243,7 @@ def train(
             if leaves and step < options.train_steps:
                 raise Preempted(f"SIGTERM: saved step {step} in {options.model_dir}. The same command goes on.")
             conclude(step, record, state.params)
+            ended = steering.ends(run_log.records, options.best_metric, options.early_stopping)
             sums, positions_before = None, positions
             speed.restart()
 
