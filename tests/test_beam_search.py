@@ -1,6 +1,5 @@
 """Constrained beam search against exhaustive likelihoods and a beam search in plain Python."""
 
-import dataclasses
 import gzip
 import itertools
 import json
@@ -18,9 +17,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from recalign_jax.decoding.beam_search import beam_search
 from recalign_jax.decoding.likelihood import log_normalizer, sequence_scores
+from recalign_jax.decoding.scoring import SCORES, Decoder
 from recalign_jax.decoding.trie import EOS_ID, build_trie
 from tests.shared_data import shared
-from tests.test_trie import VOCAB, build, pad, random_catalogue, seeds
+from tests.test_trie import VOCAB, build, pad, padded, random_catalogue, seeds
 
 BATCH, WIDTH, MAX_LENGTH, ITEMS = 6, 6, 8, 40
 
@@ -36,6 +36,19 @@ def toy_model(seed, vocab=VOCAB):
         "output": rng.normal(size=(WIDTH, vocab)),
         "user": rng.normal(size=(BATCH, 1, WIDTH)),
     }
+
+
+def decoder_of(step):
+    """A decoder whose hidden state is its logits, from a step of one token."""
+
+    def steps(tokens, position, cache):
+        hidden = []
+        for number in range(tokens.shape[2]):
+            logits, cache = step(tokens[:, :, number], position + number, cache)
+            hidden.append(logits)
+        return jnp.stack(hidden, axis=2), cache
+
+    return Decoder(steps, lambda hidden: hidden, lambda hidden, tokens: jnp.take_along_axis(hidden, tokens, axis=-1))
 
 
 def toy_step(w, tokens, position, cache):
@@ -59,60 +72,88 @@ def toy_log_probs(w, user, prefix):
     return logits - np.log(np.sum(np.exp(logits)))
 
 
-def exhaustive_scores(weights, sequences, length_penalty=0.0):
+def following(sequences):
+    """{prefix: the tokens that go on to an item, end-of-sequence among them}."""
+    found = {}
+    for sequence in sequences:
+        for position, token in enumerate([*sequence, EOS_ID]):
+            found.setdefault(tuple(sequence[:position]), set()).add(token)
+    return {prefix: sorted(tokens) for prefix, tokens in found.items()}
+
+
+def exhaustive_scores(weights, sequences, length_penalty=0.0, scores="vocabulary"):
     """Scores of all items for every user, [B, I], from one full likelihood an item."""
-    scores = np.zeros((BATCH, len(sequences)))
+    values, after = np.zeros((BATCH, len(sequences))), following(sequences)
     for user in range(BATCH):
         known = {}
         for item, sequence in enumerate(sequences):
             for position, token in enumerate([*sequence, EOS_ID]):
                 prefix = tuple(sequence[:position])
                 if prefix not in known:
-                    known[prefix] = toy_log_probs(weights, user, prefix)
-                scores[user, item] += known[prefix][token]
-            scores[user, item] /= (len(sequence) + 1) ** length_penalty
-    return scores
+                    log_probs = toy_log_probs(weights, user, prefix)
+                    if scores == "trie":
+                        log_probs -= np.log(np.exp(log_probs[after[prefix]]).sum())
+                    known[prefix] = log_probs
+                values[user, item] += known[prefix][token]
+            values[user, item] /= (len(sequence) + 1) ** length_penalty
+    return values
 
 
 # Compiling is nearly all that these tests do, so it may be the quick way; the real titles are compiled as usual.
 @partial(
     jax.jit,
-    static_argnames=("num_beams", "top_k", "length_penalty"),
+    static_argnames=("num_beams", "top_k", "length_penalty", "scores"),
     compiler_options={"xla_backend_optimization_level": 0},
 )
-def search_toy(weights, trie, excluded_items, num_beams, top_k, length_penalty):
+def search_toy(weights, trie, excluded_items, allowed_items, num_beams, top_k, length_penalty, scores):
     users = len(weights["user"])
     cache = {"state": jnp.zeros((2, users, 1, WIDTH)), "history": jnp.zeros((1, users, 1, MAX_LENGTH, WIDTH))}
     return beam_search(
-        partial(toy_step, weights),
+        decoder_of(partial(toy_step, weights)),
         cache,
         trie,
         num_beams=num_beams,
         top_k=top_k,
         excluded_items=excluded_items,
+        allowed_items=allowed_items,
         length_penalty=length_penalty,
+        scores=scores,
     )
 
 
-def search(weights, trie, *, num_beams, top_k, excluded_items=None, length_penalty=0.0):
+def search(weights, trie, *, num_beams, top_k, excluded_items=None, allowed_items=None, **options):
     weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), weights)
-    return map(np.asarray, search_toy(weights, trie, excluded_items, num_beams, top_k, length_penalty))
+    options = {"length_penalty": 0.0, "scores": "vocabulary"} | options
+    return map(np.asarray, search_toy(weights, trie, excluded_items, allowed_items, num_beams, top_k, **options))
 
 
-def reference_search(case, user, num_beams, top_k):
-    """Beam search in plain Python over the items that are not excluded; returns items, or None at a tie."""
+def reference_search(case, user, num_beams, top_k, scores):
+    """Beam search in plain Python over the items that may be returned; returns items, or None at a tie.
+
+    With scores over the trie a prefix that one sequence of the catalogue alone follows is finished.
+    """
     sequences, popularity, leaves = case["sequences"], case["popularity"], {}
-    for item in sorted(set(range(ITEMS)) - set(case["excluded"][user]), key=lambda i: (-popularity[i], i)):
+    after = following(sequences)
+    allowed = set(case["allowed"][user]) if "allowed" in case else set(range(ITEMS))
+    for item in sorted(allowed - set(case["excluded"][user]), key=lambda i: (-popularity[i], i)):
         leaves.setdefault(tuple(sequences[item]), []).append(item)
     beams, finished = [((), 0.0)], []
     while beams:
         children = []
         for prefix, score in beams:
             log_probs = toy_log_probs(case["weights"], user, prefix)
+            if scores == "trie":
+                log_probs -= np.log(np.exp(log_probs[after[prefix]]).sum())
             if prefix in leaves:
                 finished.append((score + log_probs[EOS_ID], leaves[prefix]))
-            following = {s[len(prefix)] for s in leaves if len(s) > len(prefix) and s[: len(prefix)] == prefix}
-            children += [((*prefix, token), score + log_probs[token]) for token in following]
+            tokens = {s[len(prefix)] for s in leaves if len(s) > len(prefix) and s[: len(prefix)] == prefix}
+            for token in tokens:
+                child, score_of_child = (*prefix, token), score + log_probs[token]
+                below = {tuple(s) for s in sequences if tuple(s[: len(child)]) == child}
+                if scores == "trie" and len(below) == 1:
+                    finished.append((score_of_child, leaves[below.pop()]))
+                else:
+                    children.append((child, score_of_child))
         children.sort(key=lambda child: -child[1])
         if len(children) > num_beams and children[num_beams - 1][1] - children[num_beams][1] < 1e-4:
             return None
@@ -144,49 +185,56 @@ def random_case(seed):
     """A catalogue, a model, and exclusions from none to everything, with duplicates."""
     rng = np.random.default_rng(seed)
     sequences, popularity = random_catalogue(rng, ITEMS)
-    excluded = [rng.integers(0, ITEMS, rng.integers(0, ITEMS + 1)).tolist() for _ in range(BATCH - 3)]
-    excluded += [[], rng.permutation(ITEMS)[1:].tolist(), rng.permutation(ITEMS).tolist()]
-    return {"sequences": sequences, "popularity": popularity, "excluded": excluded, "weights": toy_model(seed)}
+    return {
+        "sequences": sequences, "popularity": popularity, "excluded": random_lists(rng), "weights": toy_model(seed)
+    }  # fmt: skip
+
+
+def random_lists(rng):
+    """A list of items a user: of any length with duplicates, none, all but one, all."""
+    some = [rng.integers(0, ITEMS, rng.integers(0, ITEMS + 1)).tolist() for _ in range(BATCH - 3)]
+    return [*some, [], rng.permutation(ITEMS)[1:].tolist(), rng.permutation(ITEMS).tolist()]
 
 
 def search_case(case, **options):
     """Searches with shapes and bounds that all cases share, so that they share a compiled program as well."""
     trie = build(case["sequences"], case["popularity"])
-    nodes, spare = len(trie.token), ITEMS * MAX_LENGTH - len(trie.token)
-    trie = dataclasses.replace(
-        trie,
-        token=np.pad(trie.token, (0, spare)),
-        first_child=np.pad(trie.first_child, (0, spare), constant_values=nodes),
-        first_item=np.pad(trie.first_item, (0, spare)),
-        root_branch=VOCAB,
-        max_branch=VOCAB,
-        max_depth=MAX_LENGTH,
+    trie = padded(trie, ITEMS * MAX_LENGTH, root_branch=VOCAB, max_branch=VOCAB, max_depth=MAX_LENGTH)
+    allowed = as_excluded(case["allowed"], ITEMS) if "allowed" in case else None
+    return search(
+        case["weights"], trie, excluded_items=as_excluded(case["excluded"], ITEMS), allowed_items=allowed, **options
     )
-    return search(case["weights"], trie, excluded_items=as_excluded(case["excluded"], ITEMS), **options)
 
 
-@settings(max_examples=60, deadline=None)
-@given(seeds, st.sampled_from([(1, 3), (4, 12)]))
-def test_equals_a_beam_search_in_python(seed, beams_and_top_k):
-    case, (num_beams, top_k) = random_case(seed), beams_and_top_k
-    items, scores = search_case(case, num_beams=num_beams, top_k=top_k)
-    check(items, scores, exhaustive_scores(case["weights"], case["sequences"]), case["excluded"], top_k)
+@settings(max_examples=80, deadline=None)
+@given(seeds, st.sampled_from([("vocabulary", 1, 3, False), ("vocabulary", 4, 12, True), ("trie", 4, 12, False)]))
+def test_equals_a_beam_search_in_python(seed, options):
+    case, (scored, num_beams, top_k, with_allowed) = random_case(seed), options
+    if with_allowed:
+        case["allowed"] = random_lists(np.random.default_rng(seed + 1))
+    items, scores = search_case(case, num_beams=num_beams, top_k=top_k, scores=scored)
+    expected = exhaustive_scores(case["weights"], case["sequences"], scores=scored)
+    check(items, scores, expected, case["excluded"], top_k)
     for user in range(BATCH):
-        expected = reference_search(case, user, num_beams, top_k)
+        expected = reference_search(case, user, num_beams, top_k, scored)
         if expected is not None:
             assert items[user][items[user] >= 0].tolist() == expected
 
 
-@settings(max_examples=40, deadline=None)
-@given(seeds)
-def test_enough_beams_rank_exhaustively(seed):
-    case, length_penalty = random_case(seed), 0.6
+@settings(max_examples=50, deadline=None)
+@given(seeds, st.sampled_from([("vocabulary", False), ("trie", True)]))
+def test_enough_beams_rank_exhaustively(seed, options):
+    case, (scored, with_allowed) = random_case(seed), options
+    if with_allowed:
+        case["allowed"] = random_lists(np.random.default_rng(seed + 1))
     sequences, popularity = case["sequences"], case["popularity"]
-    items, scores = search_case(case, num_beams=ITEMS, top_k=ITEMS, length_penalty=length_penalty)
-    check(items, scores, exhaustive_scores(case["weights"], sequences, length_penalty), case["excluded"], ITEMS)
+    options = {"length_penalty": 0.6, "scores": scored}
+    items, scores = search_case(case, num_beams=ITEMS, top_k=ITEMS, **options)
+    check(items, scores, exhaustive_scores(case["weights"], sequences, **options), case["excluded"], ITEMS)
     for user in range(BATCH):
         found = items[user][items[user] >= 0].tolist()
-        assert set(found) == set(range(ITEMS)) - set(case["excluded"][user])
+        allowed = set(case["allowed"][user]) if with_allowed else set(range(ITEMS))
+        assert set(found) == allowed - set(case["excluded"][user])
         for before, after in itertools.pairwise(found):
             if sequences[before] == sequences[after]:
                 assert (-popularity[before], before) < (-popularity[after], after)
@@ -266,13 +314,14 @@ def test_users_do_not_depend_on_each_other():
 
 
 @pytest.mark.devices8
-def test_users_on_eight_devices():
+@pytest.mark.parametrize("scored", SCORES)
+def test_users_on_eight_devices(scored):
     """The results of one device, and no device sees another's caches."""
     rng = np.random.default_rng(5)
     sequences = [rng.integers(2, VOCAB, rng.integers(1, 7)).tolist() for _ in range(60)]
     model = {**toy_model(5), "user": rng.normal(size=(8, 1, WIDTH))}
     trie, excluded = build(sequences), rng.integers(0, 60, (8, 9)).astype(np.int32)
-    options = {"num_beams": 4, "top_k": 3, "length_penalty": 0.0}
+    options = {"num_beams": 4, "top_k": 3, "length_penalty": 0.0, "scores": scored}
     items, scores = search(model, trie, excluded_items=excluded, **options)
 
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -281,7 +330,7 @@ def test_users_on_eight_devices():
         name: jax.device_put(jnp.asarray(leaf, jnp.float32), by_user if name == "user" else everywhere)
         for name, leaf in model.items()
     }
-    arguments = weights, jax.device_put(trie, everywhere), jax.device_put(excluded, by_user)
+    arguments = weights, jax.device_put(trie, everywhere), jax.device_put(excluded, by_user), None
     compiled = search_toy.lower(*arguments, **options).compile()
     result = compiled(*arguments)
     assert result.items.tolist() == items.tolist()
@@ -291,34 +340,46 @@ def test_users_on_eight_devices():
     assert all(len(shape.split(",")) <= 2 for shape in exchanged)  # caches have more axes
 
 
-def counted_steps(trie, logits_of, num_beams, top_k):
-    """Runs a search and returns the shape of the tokens of every decoder step."""
+def counted_steps(trie, logits, num_beams, top_k, scores="vocabulary"):
+    """Runs a search whose logits [V] are always the same; returns the shape of the tokens of every decoder call."""
     shapes = []
 
     def step(tokens, position, cache):
         jax.debug.callback(lambda p, t: shapes.append((int(p), t.shape)), position, tokens, ordered=True)
-        return logits_of(tokens), cache
+        return jnp.broadcast_to(logits, (*tokens.shape, VOCAB)), cache
 
-    cache = jnp.zeros((1, 2, 1))
-    jax.block_until_ready(jax.jit(lambda: beam_search(step, cache, trie, num_beams=num_beams, top_k=top_k))())
+    decoder, cache = decoder_of(None)._replace(step=step), jnp.zeros((1, 2, 1))
+    search = jax.jit(lambda: beam_search(decoder, cache, trie, num_beams=num_beams, top_k=top_k, scores=scores))
+    jax.block_until_ready(search())
     jax.effects_barrier()
     return shapes
 
 
 def test_one_token_items_take_two_steps_the_first_with_one_beam():
     trie = build([[token] for token in range(2, VOCAB)])
-    shapes = counted_steps(trie, lambda tokens: jnp.zeros((*tokens.shape, VOCAB)), num_beams=3, top_k=3)
-    assert shapes == [(0, (2, 1)), (1, (2, 3))]
+    shapes = counted_steps(trie, jnp.zeros(VOCAB), num_beams=3, top_k=3)
+    assert shapes == [(0, (2, 1, 1)), (1, (2, 3, 1))]
+    assert counted_steps(trie, jnp.zeros(VOCAB), num_beams=3, top_k=3, scores="trie") == shapes[:1]
+
+
+def test_what_is_certain_is_decoded_in_few_calls():
+    """Two items with eleven tokens after the one that tells them apart; their end makes it twelve."""
+    trie = build([[2, 2, *[3] * 11], [2, 4, *[5] * 11]])
+    shapes = counted_steps(trie, jnp.zeros(VOCAB), num_beams=2, top_k=2)
+    assert shapes == [(0, (2, 1, 1)), (1, (2, 2, 1)), (2, (2, 2, 8)), (10, (2, 2, 8))]
+    assert counted_steps(trie, jnp.zeros(VOCAB), num_beams=2, top_k=2, scores="trie") == shapes[:2]
 
 
 def test_stops_when_no_beam_can_win():
     """The short item has probability one half; all that is left of the long one is less."""
-    trie = build([[2], [3] * 6])
+    trie = build([[2], [3] * 20])
     likely = jnp.log(jnp.array([0, 0.7, 0.7, 0.1, *[0.0] * (VOCAB - 4)]))
-    shapes = counted_steps(trie, lambda tokens: jnp.broadcast_to(likely, (*tokens.shape, VOCAB)), 2, top_k=1)
-    assert len(shapes) == 2
-    shapes = counted_steps(trie, lambda tokens: jnp.broadcast_to(likely, (*tokens.shape, VOCAB)), 2, top_k=2)
-    assert len(shapes) == 7
+    assert len(counted_steps(trie, likely, 2, top_k=1)) == 2
+    assert len(counted_steps(trie, likely, 2, top_k=2)) == 4
+    # The same with something to choose on the way.
+    trie = build([[2], [3] * 6, [3, 3, 3, 3, 2]])
+    assert len(counted_steps(trie, likely, 2, top_k=1, scores="trie")) == 1
+    assert len(counted_steps(trie, likely, 2, top_k=3, scores="trie")) == 5
 
 
 def test_goes_on_for_a_long_item_that_wins_by_its_mean():
@@ -330,7 +391,7 @@ def test_goes_on_for_a_long_item_that_wins_by_its_mean():
 
     for length_penalty, best, score in ((0.0, 0, math.log(0.03)), (1.0, 1, math.log(0.6**6 * 0.3) / 7)):
         options = {"num_beams": 2, "top_k": 1, "length_penalty": length_penalty}
-        result = jax.jit(partial(beam_search, step, **options))(jnp.zeros((1, 1, 1)), trie)
+        result = jax.jit(partial(beam_search, decoder_of(step), **options))(jnp.zeros((1, 1, 1)), trie)
         assert result.items.tolist() == [[best]]
         assert result.scores.item() == pytest.approx(score, abs=1e-6)
 
@@ -343,7 +404,7 @@ def test_impossible_items_are_not_returned():
         return jnp.broadcast_to(logits, (*tokens.shape, VOCAB)), cache
 
     trie = build([[2], [3], [4, 3]])
-    result = jax.jit(lambda: beam_search(step, jnp.zeros((1, 1, 1)), trie, num_beams=3, top_k=3))()
+    result = jax.jit(lambda: beam_search(decoder_of(step), jnp.zeros((1, 1, 1)), trie, num_beams=3, top_k=3))()
     assert result.items.tolist() == [[0, -1, -1]]
     assert result.scores.tolist() == [[pytest.approx(-2 * math.log(VOCAB - 1), abs=1e-6), -math.inf, -math.inf]]
 
@@ -355,9 +416,9 @@ def test_bad_options():
         return jnp.zeros((*tokens.shape, VOCAB - 1)), cache
 
     with pytest.raises(ValueError, match=f"logits over {VOCAB - 1} tokens for a trie over {VOCAB}"):
-        beam_search(step, jnp.zeros((1, 1, 1)), trie, num_beams=2, top_k=2)
+        beam_search(decoder_of(step), jnp.zeros((1, 1, 1)), trie, num_beams=2, top_k=2)
     with pytest.raises(ValueError, match="negative"):
-        beam_search(step, jnp.zeros((1, 1, 1)), trie, num_beams=2, top_k=2, length_penalty=-1)
+        beam_search(decoder_of(step), jnp.zeros((1, 1, 1)), trie, num_beams=2, top_k=2, length_penalty=-1)
 
 
 def test_real_titles():
@@ -382,7 +443,9 @@ def test_real_titles():
             return table[state(tokens, position)], cache
 
         cache = jnp.zeros((1, users, 1))
-        return beam_search(step, cache, trie, num_beams=num_beams, top_k=top_k, excluded_items=excluded_items)
+        return beam_search(
+            decoder_of(step), cache, trie, num_beams=num_beams, top_k=top_k, excluded_items=excluded_items
+        )
 
     excluded = np.full((users, 50), -1, np.int32)
     for _ in range(2):  # the second time without the best of the first

@@ -15,7 +15,6 @@ So: equality where the rule can't act; elsewhere a search in Python that follows
 and the same search without it ours.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -26,7 +25,7 @@ from recalign_jax.decoding.retrieve import make_generate
 from recalign_jax.decoding.trie import EOS_ID, build_trie
 from recalign_jax.model import t5
 from tests.test_model_torch import CONFIG, our_params, torch, torch_model, transformers
-from tests.test_trie import pad
+from tests.test_trie import pad, padded
 
 SEEDS, USERS, PROMPT, DEPTH, ITEMS = (0, 1, 2), 4, 12, 6, 40
 TOLERANCE = 1e-4
@@ -81,18 +80,11 @@ class Case:
             *pad([s[:-1] for s in self.sequences]), np.zeros(len(self.sequences)), vocab_size=CONFIG.vocab_size
         )
         # Shapes and bounds that all cases share, so that they share a compiled program.
-        nodes, spare = len(trie.token), ITEMS * DEPTH - len(trie.token)
-        trie = dataclasses.replace(
-            trie,
-            token=np.pad(trie.token, (0, spare)),
-            first_child=np.pad(trie.first_child, (0, spare), constant_values=nodes),
-            first_item=np.pad(trie.first_item, (0, spare)),
-            root_branch=8,
-            max_branch=8,
-            max_depth=DEPTH,
-        )
+        trie = padded(trie, ITEMS * DEPTH, root_branch=8, max_branch=8, max_depth=DEPTH)
         excluded = np.full((USERS, 1), -1, np.int32)
-        found = generate(num_beams, top_k, length_penalty)(self.params, self.prompts.astype(np.int32), excluded, trie)
+        found = generate(num_beams, top_k, length_penalty)(
+            self.params, self.prompts.astype(np.int32), excluded, None, trie
+        )
         return [
             [(self.sequences[item], score) for item, score in zip(*row, strict=True) if item >= 0]
             for row in zip(*map(np.asarray, jax.device_get(found)), strict=True)

@@ -95,15 +95,24 @@ def test_decode_step_equals_decode(model):
         merged = nnx.merge(graphdef, params)
         return merged.init_cache(merged.encode(encoder), encoder > 0, beams, steps)
 
-    step = jax.jit(
-        lambda params, *args: nnx.merge(graphdef, params).decode_step(*args), compiler_options=FAST_COMPILATION
-    )
+    chosen = random_tokens((users, beams, 1, 5), 2)
+
+    @functools.partial(jax.jit, compiler_options=FAST_COMPILATION)
+    def step(params, *args):
+        merged = nnx.merge(graphdef, params)
+        hidden, cache = merged.decode_step(*args)
+        tokens = chosen.repeat(hidden.shape[2], 2)
+        return merged.logits(hidden), merged.token_logits(hidden, tokens, merged.output_embeddings()), cache
+
     cross, cache = start(params)
     assert {leaf.shape[:3] for leaf in jax.tree.leaves(cache)} == {(CONFIG.num_decoder_layers, users, beams)}
     assert beams not in {size for leaf in jax.tree.leaves(cross) for size in leaf.shape}  # the encoder isn't tiled
-    for position in range(steps):
-        logits, cache = step(params, decoder[:, :, position], position, cross, cache)
-        np.testing.assert_allclose(logits, expected[:, :, position], rtol=0, atol=TOLERANCE)
+    for position, size in ((0, 1), (1, 1), (2, 3), (5, 2)):  # one token at a time, and several
+        here = slice(position, position + size)
+        logits, some, cache = step(params, decoder[:, :, here], position, cross, cache)
+        np.testing.assert_allclose(logits, expected[:, :, here], rtol=0, atol=TOLERANCE)
+        at_chosen = np.take_along_axis(np.asarray(logits), chosen.repeat(size, 2), -1)
+        np.testing.assert_allclose(some, at_chosen, rtol=0, atol=TOLERANCE)
 
 
 def test_beams_follow_their_cache(model):
@@ -115,10 +124,10 @@ def test_beams_follow_their_cache(model):
     def decode(params):
         merged, encoder = nnx.merge(graphdef, params), random_tokens((2, 5))
         cross, cache = merged.init_cache(merged.encode(encoder), encoder > 0, 2, 2)
-        _, cache = merged.decode_step(first, 0, cross, cache)
-        straight, _ = merged.decode_step(second, 1, cross, cache)
+        _, cache = merged.decode_step(first[..., None], 0, cross, cache)
+        straight, _ = merged.decode_step(second[..., None], 1, cross, cache)
         swapped = jax.tree.map(lambda leaf: leaf[:, :, ::-1], cache)
-        return straight, merged.decode_step(second[:, ::-1], 1, cross, swapped)[0]
+        return straight, merged.decode_step(second[:, ::-1, None], 1, cross, swapped)[0]
 
     straight, swapped = decode(params)
     assert np.abs(straight[:, 0] - straight[:, 1]).max() > 0.1

@@ -39,6 +39,14 @@ def walk(trie: Trie):
             queue.append(((*prefix, int(host.token[child])), child, child_end))
 
 
+def padded(trie: Trie, nodes: int, **bounds) -> Trie:
+    """The same trie in arrays for `nodes` nodes and with other bounds, so that tries share a compiled program."""
+    count, spare = len(trie.token), (0, nodes - len(trie.token))
+    arrays = {name: np.pad(getattr(trie, name), spare) for name in ("token", "first_item", "forced")}
+    first_child = np.pad(trie.first_child, spare, constant_values=count)
+    return dataclasses.replace(trie, first_child=first_child, **arrays, **bounds)
+
+
 def random_catalogue(rng, items=40):
     """Sequences and popularities: short over few tokens, so many prefixes of one another and collisions."""
     tokens, longest, distinct = rng.integers(1, VOCAB - 1), rng.integers(0, 7), rng.integers(1, 80)
@@ -72,10 +80,12 @@ def test_equals_a_trie_of_dictionaries(seed):
         run = items[first_item[node] : end]
         expected = sorted(below[prefix], key=lambda i: (tuple(sequences[i]), -popularity[i], i))
         assert run.tolist() == expected
+        assert bool(trie.forced[node]) == (len({tuple(sequences[i]) for i in expected}) == 1)
     assert sorted(found) == sorted(children)
     assert sorted(found.values()) == list(range(len(children))) == list(range(len(trie.token)))
 
     assert np.asarray(trie.rank_of_item)[items].tolist() == list(range(len(sequences)))
+    assert np.asarray(trie.length_of_rank).tolist() == [len(sequences[i]) + 1 for i in items]
     assert trie.root_branch == len(children[()])
     assert trie.max_branch == max((len(c) for prefix, c in children.items() if prefix), default=0)
     assert trie.max_depth == max(map(len, sequences)) + 1
@@ -84,8 +94,8 @@ def test_equals_a_trie_of_dictionaries(seed):
 def test_is_a_pytree_of_lean_arrays():
     trie = build([[2, 3], [2, 3, 4], [5]])
     leaves = jax.tree.leaves(trie)
-    assert all(isinstance(leaf, jax.Array) and leaf.dtype == np.int32 for leaf in leaves)
-    assert len(leaves) == 5
+    assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+    assert sorted(leaf.dtype.name for leaf in leaves) == ["bool", *["int32"] * 6]
     same = jax.jit(lambda t: dataclasses.replace(t, token=t.token + 0))(trie)
     assert (same.max_branch, same.max_depth, same.root_branch, same.vocab_size) == (1, 4, 2, VOCAB)
 

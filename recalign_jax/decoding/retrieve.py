@@ -8,34 +8,51 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from recalign_jax.decoding.beam_search import BeamResult, beam_search
+from recalign_jax.decoding import forced
+from recalign_jax.decoding.beam_search import beam_search
+from recalign_jax.decoding.finished import BeamResult
+from recalign_jax.decoding.scoring import Decoder
 from recalign_jax.decoding.trie import Trie
 
 # Prompts are padded to one of these lengths (then to multiples of the last), so that few programs are compiled.
-BUCKETS = (32, 64, 128, 256, 512)
+BUCKETS = (32, 64, 128, 192, 256, 384, 512)
 
-Generate = Callable[[Any, jax.Array, jax.Array, Trie], BeamResult]
+Generate = Callable[[Any, jax.Array, jax.Array, jax.Array | None, Trie], BeamResult]
 
 
-def make_generate(graphdef: nnx.GraphDef, num_beams: int, top_k: int, length_penalty: float = 0.0) -> Generate:
-    """Returns the jitted `(params, tokens [B, L], excluded_items [B, X], trie) -> BeamResult` of `beam_search`.
+def make_generate(
+    graphdef: nnx.GraphDef, num_beams: int, top_k: int, length_penalty: float = 0.0, scores: str = "vocabulary"
+) -> Generate:
+    """Returns the jitted `(params, tokens [B, L], excluded [B, X], allowed [B, A] or None, trie) -> BeamResult`.
 
-    The encoder's output and the cross-attention's keys and values exist once a user, whatever the number of beams.
+    The arguments are those of `beam_search`. The encoder's output and the cross-attention's keys and values exist once
+    a user, whatever the number of beams.
     """
 
     @jax.jit
-    def generate(params: Any, tokens: jax.Array, excluded_items: jax.Array, trie: Trie) -> BeamResult:
+    def generate(
+        params: Any, tokens: jax.Array, excluded: jax.Array, allowed: jax.Array | None, trie: Trie
+    ) -> BeamResult:
         model = nnx.merge(graphdef, params)
         # The search makes room for the other beams itself.
-        cross, cache = model.init_cache(model.encode(tokens), tokens > 0, num_beams=1, max_steps=trie.max_depth)
+        max_steps = trie.max_depth + forced.spare_positions(trie)
+        cross, cache = model.init_cache(model.encode(tokens), tokens > 0, num_beams=1, max_steps=max_steps)
+        table = model.output_embeddings()
+        decoder = Decoder(
+            step=lambda last, position, cache: model.decode_step(last, position, cross, cache),
+            logits=model.logits,
+            token_logits=lambda hidden, tokens: model.token_logits(hidden, tokens, table),
+        )
         return beam_search(
-            lambda last, position, cache: model.decode_step(last, position, cross, cache),
+            decoder,
             cache,
             trie,
             num_beams=num_beams,
             top_k=top_k,
-            excluded_items=excluded_items,
+            excluded_items=excluded,
+            allowed_items=allowed,
             length_penalty=length_penalty,
+            scores=scores,
         )
 
     return generate
@@ -49,6 +66,7 @@ def retrieve(
     excluded: Sequence[np.ndarray],
     batch_size: int,
     sharding: jax.sharding.Sharding,
+    allowed: Sequence[np.ndarray] | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Ranks items for every prompt, shortest prompts first.
 
@@ -60,18 +78,21 @@ def retrieve(
       excluded: item indices that must not be returned, [n] of [x].
       batch_size: prompts a call; the last batch is filled up with empty prompts, whose results are dropped.
       sharding: of the batch axis.
+      allowed: the only item indices that may be returned, [n] of [a]; None for all.
 
     Yields:
       (which prompts [b], items int32 [b, top_k], scores float32 [b, top_k]); see BeamResult.
     """
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
     width = _bucket(max((len(items) for items in excluded), default=0))
+    allowed_width = _bucket(max((len(items) for items in allowed or []), default=0))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         tokens = _padded([prompts[i] for i in chosen], batch_size, _bucket(len(prompts[chosen[-1]])), fill=0)
-        items = _padded([excluded[i] for i in chosen], batch_size, width, fill=-1)
-        on_device = jax.device_put(tokens, sharding), jax.device_put(items, sharding)
-        result = generate(params, *on_device, trie)
+        without = _padded([excluded[i] for i in chosen], batch_size, width, fill=-1)
+        only = None if allowed is None else _padded([allowed[i] for i in chosen], batch_size, allowed_width, fill=-1)
+        tokens, without, only = jax.device_put((tokens, without, only), sharding)
+        result = generate(params, tokens, without, only, trie)
         # Of several processes each computes some users and learns of the others'.
         ranked, scores = multihost_utils.process_allgather(result, tiled=True)
         yield chosen, ranked[: len(chosen)], scores[: len(chosen)]

@@ -22,15 +22,17 @@ EOS_ID = 1
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trie:
-    """A catalogue of I items as a trie of N nodes; 12 bytes a node and 8 an item.
+    """A catalogue of I items as a trie of N nodes; 13 bytes a node and 12 an item.
 
     Attributes:
       token: int32 [N], the token on the edge into each node (the root, node 0, has padding).
       first_child: int32 [N + 1]; the children of node n are first_child[n] to first_child[n + 1] - 1.
       first_item: int32 [N], the smallest rank of an item at or below each node.
+      forced: bool [N], whether one sequence alone lies at or below the node: all that follows is certain.
       item_of_rank: int32 [I], item indices by rank; items with the same sequence stand side by side, the most popular
         first, ties by index.
       rank_of_item: int32 [I], the inverse.
+      length_of_rank: int32 [I], lengths of the sequences, end-of-sequence included.
       vocab_size: all tokens are below it.
       root_branch: number of children of the root.
       max_branch: largest number of children of any other node.
@@ -40,8 +42,10 @@ class Trie:
     token: jax.Array
     first_child: jax.Array
     first_item: jax.Array
+    forced: jax.Array
     item_of_rank: jax.Array
     rank_of_item: jax.Array
+    length_of_rank: jax.Array
     vocab_size: int = dataclasses.field(metadata={"static": True})
     root_branch: int = dataclasses.field(metadata={"static": True})
     max_branch: int = dataclasses.field(metadata={"static": True})
@@ -70,7 +74,7 @@ def build_trie(tokens: np.ndarray, lengths: np.ndarray, popularity: np.ndarray, 
     rank_of_item = np.empty_like(item_of_rank)
     rank_of_item[item_of_rank] = np.arange(num_items, dtype=np.int32)
 
-    level_tokens, level_items = [np.array([PAD_ID])], [np.array([0])]  # the root
+    level_tokens, level_items, level_ends = [np.array([PAD_ID])], [np.array([0])], [np.array([num_items])]  # the root
     level_children = []
     differs = np.zeros(num_items, bool)  # from the item before, in the prefix up to the current position
     differs[0] = True
@@ -81,17 +85,23 @@ def build_trie(tokens: np.ndarray, lengths: np.ndarray, popularity: np.ndarray, 
         level_children.append(nodes + np.searchsorted(starts, level_items[-1]))
         level_tokens.append(tokens[starts, position])
         level_items.append(starts)
+        opens = np.append(np.flatnonzero(differs), num_items)
+        level_ends.append(opens[np.searchsorted(opens, starts, side="right")])
         nodes += len(starts)
     # No sequence goes on after the last position, so the last level is empty and `nodes` closes the offsets.
     first_child = np.concatenate([*level_children, [nodes]]).astype(np.int32)
     branch = np.diff(first_child)
+    first_item, ends = np.concatenate(level_items), np.concatenate(level_ends)
+    sequence_of_rank = np.cumsum(differs)
 
     return Trie(
         token=jnp.asarray(np.concatenate(level_tokens).astype(np.int32)),
         first_child=jnp.asarray(first_child),
-        first_item=jnp.asarray(np.concatenate(level_items).astype(np.int32)),
+        first_item=jnp.asarray(first_item.astype(np.int32)),
+        forced=jnp.asarray(sequence_of_rank[first_item] == sequence_of_rank[ends - 1]),
         item_of_rank=jnp.asarray(item_of_rank),
         rank_of_item=jnp.asarray(rank_of_item),
+        length_of_rank=jnp.asarray(lengths.astype(np.int32)),
         vocab_size=int(vocab_size),
         root_branch=int(branch[0]),
         max_branch=int(branch[1:].max(initial=0)),

@@ -85,38 +85,45 @@ class DecoderLayer(nnx.Module):
         cross: dict[str, jax.Array],
         cross_mask: jax.Array,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """One decoding step of every beam, no dropout.
+        """One decoding step of every beam, S tokens long, no dropout.
 
         Args:
-          x: [B, K, D], the beams of a user take the place of positions.
-          cache: `key` and `value` of all layers, [layers, B, K, N, T, H]; this layer's are written at `position`.
+          x: [B, K * S, D], the tokens of a user's beams take the place of positions.
+          cache: `key` and `value` of all layers, [layers, B, K, N, T, H]; this layer's are written from `position` on.
           layer: int32 scalar, this layer's index in the cache.
-          position: int32 scalar.
-          bias: [N, T].
+          position: int32 scalar, of the first token.
+          bias: [N, S, T].
           cross: `key` [B, N, H, L] and `value` [B, N, L, H] of the encoder, shared by the beams.
           cross_mask: bool [B, 1, 1, L].
 
         Returns:
-          ([B, K, D], cache).
+          ([B, K * S, D], cache).
         """
+        batch, beams, steps = *cache["key"].shape[1:3], bias.shape[1]
+
+        def by_beam(heads: jax.Array) -> jax.Array:
+            """[B, K * S, N, H] -> [B, K, N, S, H]."""
+            return heads.reshape(batch, beams, steps, *heads.shape[2:]).swapaxes(2, 3)
+
         y = self.pre_self_attention_layer_norm(x)
-        keys, values = self.self_attention.keys_and_values(y)  # [B, K, N, H]
+        keys, values = self.self_attention.keys_and_values(y)
         # Written into the carried cache of all layers: XLA does that in place, where a cache a layer would be copied.
         start = (layer, 0, 0, 0, position, 0)
         cache = {
-            "key": jax.lax.dynamic_update_slice(cache["key"], keys[None, :, :, :, None], start),
-            "value": jax.lax.dynamic_update_slice(cache["value"], values[None, :, :, :, None], start),
+            "key": jax.lax.dynamic_update_slice(cache["key"], by_beam(keys)[None], start),
+            "value": jax.lax.dynamic_update_slice(cache["value"], by_beam(values)[None], start),
         }
         cached_keys = jax.lax.dynamic_index_in_dim(cache["key"], layer, keepdims=False)  # [B, K, N, T, H]
         cached_values = jax.lax.dynamic_index_in_dim(cache["value"], layer, keepdims=False)
-        logits = jnp.einsum(
-            "BKNH,BKNTH->BKNT", self.self_attention.queries(y), cached_keys, preferred_element_type=jnp.float32
-        )
-        weights = softmax(logits, jnp.arange(bias.shape[-1]) <= position, bias).astype(x.dtype)
-        x = x + self.self_attention.output(jnp.einsum("BKNT,BKNTH->BKNH", weights, cached_values))
+        queries = by_beam(self.self_attention.queries(y))
+        logits = jnp.einsum("BKNSH,BKNTH->BKNST", queries, cached_keys, preferred_element_type=jnp.float32)
+        mask = jnp.arange(bias.shape[2]) <= position + jnp.arange(steps)[:, None]  # [S, T]
+        weights = softmax(logits, mask, bias).astype(x.dtype)
+        attended = jnp.einsum("BKNST,BKNTH->BKSNH", weights, cached_values)
+        x = x + self.self_attention.output(attended.reshape(batch, beams * steps, *attended.shape[3:]))
 
         attention = self.encoder_decoder_attention
-        queries = attention.queries(self.pre_cross_attention_layer_norm(x))  # [B, K, N, H]
+        queries = attention.queries(self.pre_cross_attention_layer_norm(x))  # [B, K * S, N, H]
         logits = jnp.einsum("BKNH,BNHL->BNKL", queries, cross["key"], preferred_element_type=jnp.float32)
         weights = softmax(logits, cross_mask, None).astype(x.dtype)
         x = x + attention.output(jnp.einsum("BNKL,BNLH->BKNH", weights, cross["value"]))

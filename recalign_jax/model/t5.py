@@ -21,6 +21,7 @@ from recalign_jax.model.relative_position import RelativePositionBias
 from recalign_jax.partitioning import constrain
 
 MASKED_LOGIT = -1e9
+_FEW_TOKENS = 100  # gathering the embeddings of more for every position takes longer than the whole product (CPU)
 Params = dict[str, Any]
 
 
@@ -156,9 +157,7 @@ class T5(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> [..., V] float32; rows at and above `config.num_tokens` are -1e9."""
-        hidden = hidden.astype(jnp.float32)
-        if self.config.scale_decoder_outputs:
-            hidden = hidden / self.config.emb_dim**0.5
+        hidden = self._scaled(hidden)
         if self.config.logits_via_embedding:
             logits = jnp.einsum("...D,VD->...V", hidden, self.token_embedder.embedding[...])
         else:
@@ -166,6 +165,31 @@ class T5(nnx.Module):
         if self.config.num_tokens is None:
             return logits
         return jnp.where(jnp.arange(logits.shape[-1]) < self.config.num_tokens, logits, MASKED_LOGIT)
+
+    def output_embeddings(self) -> jax.Array:
+        """The rows that `logits` multiplies with, [V, D] float32."""
+        if self.config.logits_via_embedding:
+            return self.token_embedder.embedding[...]
+        return self.decoder.logits_dense.kernel[...].T
+
+    def token_logits(self, hidden: jax.Array, tokens: jax.Array, embeddings: jax.Array) -> jax.Array:
+        """`logits` at some tokens alone.
+
+        Args:
+          hidden: [..., D].
+          tokens: int32 [..., W], below `config.num_tokens`.
+          embeddings: from `output_embeddings`, made once where this is called often.
+
+        Returns:
+          float32 [..., W].
+        """
+        if tokens.shape[-1] > _FEW_TOKENS:
+            return jnp.take_along_axis(self.logits(hidden), tokens, axis=-1)
+        return jnp.einsum("...D,...WD->...W", self._scaled(hidden), jnp.take(embeddings, tokens, axis=0))
+
+    def _scaled(self, hidden: jax.Array) -> jax.Array:
+        hidden = hidden.astype(jnp.float32)
+        return hidden / self.config.emb_dim**0.5 if self.config.scale_decoder_outputs else hidden
 
     def init_cache(
         self, encoded: jax.Array, encoder_mask: jax.Array, num_beams: int, max_steps: int
@@ -198,21 +222,22 @@ class T5(nnx.Module):
     def decode_step(
         self, tokens: jax.Array, position: jax.Array | int, cross: Params, cache: Params
     ) -> tuple[jax.Array, Params]:
-        """One step of incremental decoding: the token at `position` of every beam gives the logits of the next.
+        """One step of incremental decoding: S tokens of every beam, for the logits of those that follow each.
 
-        Equals `logits(decode(...))` at that position if steps 0..position were done in order, no dropout.
+        Equals `decode(...)` at these positions if those before were done in order, no dropout.
 
         Args:
-          tokens: int32 [B, K], at position 0 the begin token 0.
-          position: int32 scalar, the same for all beams, < T. (Not checked: it is traced.)
+          tokens: int32 [B, K, S], at position 0 the begin token 0.
+          position: int32 scalar, of the first token, the same for all beams; position + S <= T. (Not checked: it is
+            traced.)
           cross, cache: from `init_cache`, cache as returned by the step before.
 
         Returns:
-          (logits [B, K, V] float32, cache).
+          ([B, K, S, D], ready for `logits` or `token_logits`; cache).
         """
         position = jnp.asarray(position, jnp.int32)
-        steps = jnp.arange(cache["key"].shape[4])
-        bias = self.decoder.relpos_bias.at(steps - position)  # [N, T]
+        here = position + jnp.arange(tokens.shape[2])
+        bias = self.decoder.relpos_bias.at(jnp.arange(cache["key"].shape[4]) - here[:, None])  # [N, S, T]
         cross_mask = cross["mask"][:, None, None, :]  # [B, 1, 1, L]
 
         def body(layer: DecoderLayer, carry: Any, inputs: Any) -> tuple[Any, None]:
@@ -220,9 +245,9 @@ class T5(nnx.Module):
             return layer.step(x, cache, number, position, bias, cross_of_layer, cross_mask), None
 
         inputs = (jnp.arange(self.config.num_decoder_layers), {name: cross[name] for name in ("key", "value")})
-        carry = (self.token_embedder(tokens, self.config.dtype), cache)
+        carry = (self.token_embedder(tokens.reshape(len(tokens), -1), self.config.dtype), cache)
         (x, cache), _ = scan_layers(self.decoder.layers, body, carry, inputs)
-        return self.logits(self.decoder.decoder_norm(x)), cache
+        return self.decoder.decoder_norm(x).reshape(*tokens.shape, -1), cache
 
 
 def graph(config: T5Config) -> nnx.GraphDef:
