@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recalign_jax.decoding import trie_file
 from recalign_jax.decoding.trie import EOS_ID, Trie, build_trie
 from recalign_jax.errors import InputError
 
@@ -123,3 +124,39 @@ def test_unsigned_popularity():
 def test_bad_sequences_name_the_item(tokens, lengths, message):
     with pytest.raises(InputError, match=message):
         build_trie(np.array(tokens), np.array(lengths), np.zeros(len(tokens)), VOCAB)
+
+
+def test_a_saved_trie_is_the_same(tmp_path):
+    trie = build(*random_catalogue(np.random.default_rng(0)))
+    path = tmp_path / "trie.npz"
+    trie_file.save(trie, path, "of this catalogue")
+    found = trie_file.load(path, "of this catalogue")
+    for field in dataclasses.fields(Trie):
+        before, after = getattr(trie, field.name), getattr(found, field.name)
+        assert type(before) is type(after)
+        assert np.asarray(before).dtype == np.asarray(after).dtype
+        np.testing.assert_array_equal(before, after)
+    assert trie_file.load(path, "of another") is None
+    assert trie_file.load(tmp_path / "none.npz", "of this catalogue") is None
+
+
+def test_a_damaged_trie_is_named(tmp_path):
+    path, rng = tmp_path / "trie.npz", np.random.default_rng(0)
+    trie_file.save(build(*random_catalogue(rng)), path, "")
+    whole = path.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"PK" + whole[2000:]):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"trie\.npz is no trie, or damaged"):
+            trie_file.load(path, "")
+    # A changed byte is found, or it changes nothing that is read.
+    for place in rng.integers(0, len(whole), 200):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        try:
+            found = trie_file.load(path, "")
+        except InputError:
+            continue
+        if found is not None:
+            path.write_bytes(whole)
+            same = trie_file.load(path, "")
+            assert jax.tree.structure(found) == jax.tree.structure(same)
+            assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(same), strict=True))

@@ -15,7 +15,7 @@ from recalign_jax.decoding.scoring import SCORES, Decoder, ScoreNext
 from recalign_jax.decoding.trie import PAD_ID, Trie
 
 # Children are looked at in arrays of the first of these widths that holds those of every beam (or of the trie's own).
-_WIDTHS = (8, 64, 512, 4096)
+_WIDTHS = (16, 256, 4096)
 
 
 class _Beams(NamedTuple):
@@ -94,7 +94,7 @@ def beam_search(
         excluded_items = jnp.zeros((batch, 0), jnp.int32)
     allowed = permitted.permitted(trie, excluded_items, allowed_items)
 
-    def advance(depth, tokens, beams, finished, cache, widest):
+    def advance(depth, tokens, beams, finished, cache, widths):
         """One decoder step: beams of `depth` tokens are finished where an item ends, and go on by a token."""
         hidden, cache = decoder.step(tokens[..., None], depth, cache)
         score_next = SCORES[scores](trie, decoder, hidden[:, :, 0])
@@ -109,7 +109,6 @@ def beam_search(
                 kept = finished_sequences.best(kept, certain)
             return _go_on(trie, children, num_beams), kept
 
-        widths = [*(width for width in _WIDTHS if width < widest), max(widest, 1)]
         branch = jnp.where(beams.end > 0, trie.first_child[beams.node + 1] - trie.first_child[beams.node], 0)
         rung = jnp.searchsorted(jnp.array(widths), branch.max())
         return *jax.lax.switch(rung, [partial(choose, width) for width in widths]), cache
@@ -123,7 +122,7 @@ def beam_search(
     nothing = finished_sequences.none(batch, top_k)
     cache = jax.tree.map(lambda leaf: leaf[:, :, :1], cache)
     start = jnp.full((batch, 1), PAD_ID, jnp.int32)
-    beams, finished, cache = advance(jnp.int32(0), start, root, nothing, cache, trie.root_branch)
+    beams, finished, cache = advance(jnp.int32(0), start, root, nothing, cache, [max(trie.root_branch, 1)])
     cache = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*leaf.shape[:2], num_beams, *leaf.shape[3:])), cache)
     beams = beams._replace(parent=jnp.broadcast_to(jnp.arange(num_beams), (batch, num_beams)))
 
@@ -137,10 +136,12 @@ def beam_search(
         depth, beams, finished, _ = state
         return jnp.any(may_win(depth, beams, finished) & ~trie.forced[beams.node])
 
+    widths = [*(width for width in _WIDTHS if width < trie.max_branch), max(trie.max_branch, 1)]
+
     def body(state):
         depth, beams, finished, cache = state
         cache = follow_parents(cache, beams.parent)
-        beams, finished, cache = advance(depth, trie.token[beams.node], beams, finished, cache, trie.max_branch)
+        beams, finished, cache = advance(depth, trie.token[beams.node], beams, finished, cache, widths)
         return depth + 1, beams, finished, cache
 
     state = jax.lax.while_loop(must_choose, body, (jnp.int32(1), beams, finished, cache))

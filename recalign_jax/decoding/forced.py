@@ -1,6 +1,5 @@
 """Beams that one sequence alone follows: with nothing left to choose, many tokens go through the decoder at once."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,14 +12,12 @@ from recalign_jax.decoding.permitted import Permitted
 from recalign_jax.decoding.scoring import Decoder
 from recalign_jax.decoding.trie import EOS_ID, Trie
 
-# Tokens of a beam a call: the first of these that reaches the end of every beam, or the last. After each call the
-# search may end, as the beams that go on can't win any more.
-_RUNS = (2, 8)
+_RUN = 4  # tokens of a beam a call; after each call the search may end, as the beams that go on can't win any more
 
 
-def spare_positions(trie: Trie) -> int:
-    """How many positions beyond `trie.max_depth` a cache must have room for."""
-    return _runs(trie)[-1] - 1
+def run_length(trie: Trie) -> int:
+    """Tokens of a beam a call: no more than may be left after the first one."""
+    return min(_RUN, max(trie.max_depth - 1, 1))
 
 
 class _State(NamedTuple):
@@ -46,7 +43,7 @@ def finish(
     """Decodes all that follows beams on forced nodes, with the scores that token after token would give.
 
     Args:
-      decoder: of the next token; its cache has room for `trie.max_depth + spare_positions(trie)` positions.
+      decoder: of the next token; its cache has room for `trie.max_depth + run_length(trie) - 1` positions.
       trie: the catalogue.
       permitted_items: what may be returned.
       depth: int32 scalar, tokens of the beams' prefixes.
@@ -67,7 +64,9 @@ def finish(
     def may_improve(state: _State) -> jax.Array:
         return jnp.any(state.score / penalty > state.finished.score[:, -1:])
 
-    def run(state: _State, size: int) -> _State:
+    size = run_length(trie)
+
+    def run(state: _State) -> _State:
         nodes = [state.node]
         for _ in range(size):
             child = trie.first_child[nodes[-1]]
@@ -91,16 +90,4 @@ def finish(
         going = jnp.where(done, -jnp.inf, score)
         return _State(state.depth + size, going, path[..., -1], best(state.finished, new), cache)
 
-    def run_on(state: _State) -> _State:
-        sizes = _runs(trie)
-        left = jnp.where(state.score > -jnp.inf, length - state.depth, 0).max()
-        rung = jnp.minimum(jnp.searchsorted(jnp.array(sizes), left), len(sizes) - 1)
-        return jax.lax.switch(rung, [partial(run, size=size) for size in sizes], state)
-
-    return jax.lax.while_loop(may_improve, run_on, _State(depth, score, node, finished, cache)).finished
-
-
-def _runs(trie: Trie) -> list[int]:
-    """_RUNS, cut to what may be left after the first token."""
-    longest = max(trie.max_depth - 1, 1)
-    return sorted({min(size, longest) for size in _RUNS})
+    return jax.lax.while_loop(may_improve, run, _State(depth, score, node, finished, cache)).finished

@@ -35,7 +35,7 @@ def make_generate(
     ) -> BeamResult:
         model = nnx.merge(graphdef, params)
         # The search makes room for the other beams itself.
-        max_steps = trie.max_depth + forced.spare_positions(trie)
+        max_steps = trie.max_depth + forced.run_length(trie) - 1
         cross, cache = model.init_cache(model.encode(tokens), tokens > 0, num_beams=1, max_steps=max_steps)
         table = model.output_embeddings()
         decoder = Decoder(
