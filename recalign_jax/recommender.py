@@ -1,4 +1,4 @@
-"""The trained language model as a recommender: queries in, ranked items out.
+"""The trained language model as a recommender: queries in; ranked items, scores of candidates or ratings out.
 
 Evaluation and inference are handed what this makes; they don't know what is behind it.
 """
@@ -12,10 +12,21 @@ import jax
 import numpy as np
 from flax import nnx
 
+from recalign_jax.decoding.beam_search import SCORES
 from recalign_jax.decoding.retrieve import make_generate, retrieve
-from recalign_jax.decoding.trie import build_trie
-from seqio_tasks import samples
-from seqio_tasks.examples import Query, Ranked, Recommend
+from recalign_jax.decoding.trie import EOS_ID, PAD_ID, Trie, build_trie
+from recalign_jax.errors import InputError, did_you_mean
+from seqio_tasks import samples, writing
+from seqio_tasks.examples import (
+    Predicted,
+    PredictRatings,
+    Query,
+    Ranked,
+    RatedQuery,
+    Recommend,
+    ScoreCandidates,
+    Scored,
+)
 from seqio_tasks.specs import TaskSpec
 
 
@@ -28,7 +39,8 @@ class DecodingOptions:
       num_beams: K; wider finds better items and takes longer.
       top_k: items returned.
       batch_size: users at a time, over all devices.
-      length_penalty: see `beam_search`.
+      length_penalty: see `beam_search`; of candidates, too.
+      scores: see `make_generate`; of candidates, too.
       max_input_tokens: longest prompt; whole oldest items are dropped to fit.
     """
 
@@ -36,16 +48,22 @@ class DecodingOptions:
     top_k: int = 10
     batch_size: int = 64
     length_penalty: float = 0.0
+    scores: str = "vocabulary"
     max_input_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if self.scores not in SCORES:
+            raise InputError(
+                f"SCORES is {self.scores!r}, not one of {', '.join(SCORES)}.{did_you_mean(self.scores, SCORES)}"
+            )
 
 
 def make_recommender(
     spec: TaskSpec, graphdef: nnx.GraphDef, options: DecodingOptions, sharding: jax.sharding.Sharding
 ) -> Callable[[Any], Recommend]:
     """Returns parameters -> recommender, for a task's corpus, item format and vocabulary; compiles on first use."""
-    catalog = spec.catalog
-    trie = build_trie(catalog.tokens, catalog.lengths, spec.corpus.training_popularity, spec.num_tokens)
-    generate = make_generate(graphdef, options.num_beams, options.top_k, options.length_penalty)
+    trie = _item_trie(spec)
+    generate = make_generate(graphdef, options.num_beams, options.top_k, options.length_penalty, options.scores)
 
     def with_params(params: Any) -> Recommend:
         def recommend(queries: Sequence[Query], excluded: Sequence[np.ndarray]) -> Ranked:
@@ -55,3 +73,85 @@ def make_recommender(
         return recommend
 
     return with_params
+
+
+def make_scorer(
+    spec: TaskSpec, graphdef: nnx.GraphDef, options: DecodingOptions, sharding: jax.sharding.Sharding
+) -> Callable[[Any], ScoreCandidates]:
+    """Returns parameters -> scorer for a ranking task: log-likelihoods of the candidates after a prompt with them.
+
+    It is a search that may return the candidates alone, with a beam for each, so that none is missed. All are scored,
+    also those that a prompt of `max_input_tokens` leaves out. `num_beams` and `top_k` don't count.
+    """
+    trie = _item_trie(spec)
+    beams = spec.options.test_negatives + 1
+    generate = make_generate(graphdef, beams, beams, options.length_penalty, options.scores)
+
+    def with_params(params: Any) -> ScoreCandidates:
+        def score(queries: Sequence[Query], candidates: np.ndarray) -> Scored:
+            allowed = [row[row >= 0] for row in candidates]
+            prompts = [
+                samples.write_choice(spec, query, items, options.max_input_tokens)
+                for query, items in zip(queries, allowed, strict=True)
+            ]
+            nothing = [np.zeros(0, np.int32)] * len(queries)
+            parts = retrieve(generate, params, trie, prompts, nothing, options.batch_size, sharding, allowed=allowed)
+            for chosen, items, scores in parts:
+                yield chosen, _scores_of(candidates[chosen], items, scores)
+
+        return score
+
+    return with_params
+
+
+def make_rater(
+    spec: TaskSpec, graphdef: nnx.GraphDef, options: DecodingOptions, sharding: jax.sharding.Sharding
+) -> Callable[[Any], PredictRatings]:
+    """Returns parameters -> predictor for a rating task: from the likelihoods of all ratings that the corpus has.
+
+    Their probabilities are the likelihoods divided by their sum. `num_beams`, `top_k`, `length_penalty` and `scores`
+    don't count.
+    """
+    values, trie = _rating_trie(spec)
+    generate = make_generate(graphdef, len(values), len(values))
+
+    def with_params(params: Any) -> PredictRatings:
+        def predict(queries: Sequence[RatedQuery]) -> Predicted:
+            prompts = [samples.write_rating(spec, query, options.max_input_tokens) for query in queries]
+            nothing = [np.zeros(0, np.int32)] * len(queries)
+            for chosen, found, scores in retrieve(
+                generate, params, trie, prompts, nothing, options.batch_size, sharding
+            ):
+                every = np.broadcast_to(np.arange(len(values)), found.shape)
+                scores = _scores_of(every, found, scores).astype(np.float64)
+                likelihoods = np.exp(scores - scores.max(axis=1, keepdims=True))
+                expected = likelihoods @ values / likelihoods.sum(axis=1)
+                yield chosen, expected.astype(np.float32), values[scores.argmax(axis=1)]
+
+        return predict
+
+    return with_params
+
+
+def _item_trie(spec: TaskSpec) -> Trie:
+    catalog = spec.catalog
+    return build_trie(catalog.tokens, catalog.lengths, spec.corpus.training_popularity, spec.num_tokens)
+
+
+def _rating_trie(spec: TaskSpec) -> tuple[np.ndarray, Trie]:
+    """The ratings that a corpus has, float32 [n] ascending, and the trie of how they are written."""
+    assert spec.corpus.ratings is not None, "specs offers no rating task of a corpus without ratings"
+    values = np.unique(spec.corpus.ratings)
+    rows = [writing.rating_tokens(spec.vocabulary, float(value)) for value in values]
+    lengths = np.asarray([len(row) + 1 for row in rows], np.int32)
+    tokens = np.full((len(rows), lengths.max()), PAD_ID, np.int32)
+    for number, row in enumerate(rows):
+        tokens[number, : len(row)] = row
+        tokens[number, len(row)] = EOS_ID
+    return values, build_trie(tokens, lengths, np.zeros(len(rows)), spec.num_tokens)
+
+
+def _scores_of(wanted: np.ndarray, items: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """The scores [b, K] of items [b, K] in the order of those wanted [b, C], -inf for what isn't there: [b, C]."""
+    same = (wanted[:, :, None] == items[:, None, :]) & (items >= 0)[:, None, :]
+    return np.where(same, scores[:, None, :], -np.inf).max(axis=2)

@@ -29,6 +29,11 @@ class Query(NamedTuple):
 Ranked = Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]
 Recommend = Callable[[Sequence[Query], Sequence[np.ndarray]], Ranked]
 
+# Scores the candidates of queries, int32 [n, C] padded with -1: the likelier next, the higher. Yields parts in any
+# order: (which queries [b], scores float32 [b, C], -inf where there is no candidate).
+Scored = Iterator[tuple[np.ndarray, np.ndarray]]
+ScoreCandidates = Callable[[Sequence[Query], np.ndarray], Scored]
+
 
 class RatedQuery(NamedTuple):
     """What a user had and how it was rated, and the item whose rating is asked for."""
@@ -38,6 +43,12 @@ class RatedQuery(NamedTuple):
     ratings: np.ndarray  # float32 [h]
     target: int
     rating: float
+
+
+# Predicts the ratings that are asked for. Yields parts in any order: (which queries [b], the expected rating
+# float32 [b], the most likely rating float32 [b]).
+Predicted = Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]
+PredictRatings = Callable[[Sequence[RatedQuery]], Predicted]
 
 
 def next_item(corpus: Corpus, split: str, index: int, prefixes: bool = True) -> Query:

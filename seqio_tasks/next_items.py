@@ -4,6 +4,7 @@ import numpy as np
 
 from recalign_jax.corpus import candidates
 from seqio_tasks import examples, writing
+from seqio_tasks.examples import Query, RatedQuery
 from seqio_tasks.specs import TaskSpec
 from seqio_tasks.vocabulary import EOS_ID
 from seqio_tasks.writing import Limits, Sample
@@ -25,22 +26,32 @@ def choice(spec: TaskSpec, split: str, index: int, random: np.random.Generator, 
     corpus, options = spec.corpus, spec.options
     query = examples.next_item(corpus, split, index, options.prefix_augmentation)
     wording = writing.draw_wording(spec, split, random)
-    history = writing.displays(spec, query.history)
-    others = writing.neighbours(spec, query.history, query.user)
     if split == "train":
         met = corpus.training_sequence(query.user)
         count = 1 if spec.family == "bpr" else options.ranking_candidates - 1
         found = candidates.negatives(corpus, query.target, met, count, random, options.negatives)
         chosen = np.append(np.int32(query.target), found)
-        shown = [spec.displays.of(item) for item in chosen]
-        fitting = writing.num_candidates(spec, wording, history, limits.inputs, shown)
+        fitting = num_shown(spec, wording, query, chosen, limits.inputs)
         chosen = random.permutation(chosen[: max(fitting, 1)])
     else:
         count = 1 if spec.family == "bpr" else options.test_negatives
         chosen = candidates.held_out_candidates(corpus, split, query.user, query.target, count, options.candidate_seed)
-    shown = [spec.displays.of(item) for item in chosen]
-    inputs = writing.prompt(spec, wording, history, limits.inputs, candidates=shown, neighbours=others)
+    inputs = choice_prompt(spec, wording, query, chosen, limits.inputs)
     return Sample(inputs, writing.target(spec, [query.target]))
+
+
+def choice_prompt(spec: TaskSpec, wording: int, query: Query, items: np.ndarray, limit: int) -> np.ndarray:
+    """The question which of the candidates comes next, with the first ones that fit: int32 [L]."""
+    shown = [spec.displays.of(item) for item in items]
+    history = writing.displays(spec, query.history)
+    others = writing.neighbours(spec, query.history, query.user)
+    return writing.prompt(spec, wording, history, limit, candidates=shown, neighbours=others)
+
+
+def num_shown(spec: TaskSpec, wording: int, query: Query, items: np.ndarray, limit: int) -> int:
+    """How many of the candidates `choice_prompt` has room for."""
+    shown = [spec.displays.of(item) for item in items]
+    return writing.num_candidates(spec, wording, writing.displays(spec, query.history), limit, shown)
 
 
 def shortest_retrieval(spec: TaskSpec) -> dict[str, int]:
@@ -67,6 +78,12 @@ def rating(spec: TaskSpec, split: str, index: int, random: np.random.Generator, 
         query = examples.random_rating(spec.corpus, split, index)
     else:
         query = examples.next_rating(spec.corpus, split, index, spec.options.prefix_augmentation)
+    inputs = rating_prompt(spec, writing.draw_wording(spec, split, random), query, limits.inputs)
+    return Sample(inputs, np.append(writing.rating_tokens(spec.vocabulary, query.rating), np.int32(EOS_ID)))
+
+
+def rating_prompt(spec: TaskSpec, wording: int, query: RatedQuery, limit: int) -> np.ndarray:
+    """The question how an item is rated: int32 [L]."""
     words = spec.vocabulary
     history = writing.displays(spec, query.history)
     if spec.options.rating_history:
@@ -75,9 +92,7 @@ def rating(spec: TaskSpec, split: str, index: int, random: np.random.Generator, 
             np.concatenate([item, writing.rated(words), writing.rating_tokens(words, rating)])
             for item, rating in zip(history, ratings, strict=True)
         ]
-    asked = spec.displays.of(query.target)
-    inputs = writing.prompt(spec, writing.draw_wording(spec, split, random), history, limits.inputs, item=asked)
-    return Sample(inputs, np.append(writing.rating_tokens(words, query.rating), np.int32(EOS_ID)))
+    return writing.prompt(spec, wording, history, limit, item=spec.displays.of(query.target))
 
 
 def shortest_rating(spec: TaskSpec) -> dict[str, int]:

@@ -55,6 +55,24 @@ def write_history(spec: TaskSpec, query: examples.Query, limit: int = writing.NO
     return writing.history_prompt(spec, writing.held_out_wording(spec), query.history, query.user, limit)
 
 
+def write_choice(
+    spec: TaskSpec, query: examples.Query, candidates: np.ndarray, limit: int = writing.NO_LIMIT
+) -> np.ndarray:
+    """The ranking prompt for a history and candidates, of which the first ones that fit are shown: int32 [L]."""
+    return next_items.choice_prompt(spec, writing.held_out_wording(spec), query, candidates, limit)
+
+
+def shows_all(spec: TaskSpec, query: examples.Query, candidates: np.ndarray, limit: int) -> bool:
+    """Whether `write_choice` has room for all candidates."""
+    wording = writing.held_out_wording(spec)
+    return next_items.num_shown(spec, wording, query, candidates, limit) == len(candidates)
+
+
+def write_rating(spec: TaskSpec, query: examples.RatedQuery, limit: int = writing.NO_LIMIT) -> np.ndarray:
+    """The prompt for the rating of `query.target`: int32 [L]."""
+    return next_items.rating_prompt(spec, writing.held_out_wording(spec), query, limit)
+
+
 class _Family(NamedTuple):
     num_examples: Callable[[TaskSpec, str], int]
     render: Callable[[TaskSpec, str, int, np.random.Generator, Limits], Sample]

@@ -38,7 +38,8 @@ def example(shop_corpus, shop_words, tmp_path_factory):
     arguments[0:1] = ["train", "--data_dir", str(data)]
     arguments += ["--gin.BATCH_SIZE=16", "--gin.LOG_PERIOD=1", "--gin.EVAL_PERIOD=4", "--gin.CHECKPOINT_PERIOD=2"]
     lengths = str(LENGTHS).replace(" ", "")
-    arguments += [f"--gin.TASK_FEATURE_LENGTHS={lengths}", "--gin.train.evaluate_retrieval=False"]
+    arguments += [f"--gin.TASK_FEATURE_LENGTHS={lengths}", "--gin.train.evaluate_recommendations=False"]
+    arguments += ["--gin.InputOptions.window=64", "--gin.InputOptions.data_shards=2"]
     sys.path.insert(0, str(folder))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECALIGN_DATA_DIR", "")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from recalign_jax.corpus.corpus import Corpus
-from seqio_tasks.examples import Query, Ranked, Recommend
+from seqio_tasks.examples import Query, Ranked, Recommend, ScoreCandidates, Scored
 
 
 def recommender(corpus: Corpus, top_k: int = 10, batch_size: int = 1024) -> Recommend:
@@ -26,3 +26,13 @@ def recommender(corpus: Corpus, top_k: int = 10, batch_size: int = 1024) -> Reco
             yield chosen, items, np.where(items >= 0, popularity[items], -np.inf).astype(np.float32)
 
     return recommend
+
+
+def scorer(corpus: Corpus) -> ScoreCandidates:
+    """Scores candidates by how often they occur in the training parts."""
+    popularity = corpus.training_popularity
+
+    def score(queries: Sequence[Query], candidates: np.ndarray) -> Scored:
+        yield np.arange(len(queries)), np.where(candidates >= 0, popularity[candidates], -np.inf).astype(np.float32)
+
+    return score

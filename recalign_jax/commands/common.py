@@ -1,22 +1,43 @@
 """What several commands put together in the same way."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import gin
+import jax
+import numpy as np
+from flax import nnx
 
-from recalign_jax import gin_config, partitioning, terminal
+from recalign_jax import gin_config, partitioning, recommender, terminal
 from recalign_jax.checkpoint import saved
 from recalign_jax.checkpoint.initial import load_trained
 from recalign_jax.errors import InputError
+from recalign_jax.evaluation import ranking, rating, retrieval
+from recalign_jax.evaluation.results import EvaluationOptions, Result
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
-from recalign_jax.recommender import DecodingOptions, make_recommender
+from recalign_jax.recommender import DecodingOptions
+from seqio_tasks import samples
 from seqio_tasks.examples import Recommend
 from seqio_tasks.specs import TaskSpec
 
 # Embedding rows come in multiples of this, whatever the mesh, so that a checkpoint fits every one: it suits the matrix
 # units, and is divided by every model axis of a power of two up to it.
 ROW_MULTIPLE = 128
+
+# The families that recommend; the others help to learn it.
+EVALUATED = ("retrieval", "ranking", "rating", "rating_random")
+ALL_SHOWN = "prompts_with_all_candidates"  # their share: a prompt can be too short for all that are scored
+
+
+class Model(NamedTuple):
+    """A trained model."""
+
+    graphdef: nnx.GraphDef
+    params: Any
+    step: int
+    mesh: jax.sharding.Mesh
 
 
 def model_config(num_tokens: int) -> T5Config:
@@ -41,32 +62,70 @@ def fingerprints(specs: list[TaskSpec]) -> dict[str, str]:
     return found
 
 
-def load_recommender(
-    spec: TaskSpec, checkpoint_path: str, mesh_shape: dict[str, int] | None, batch_macro: str
-) -> tuple[Recommend, int]:
-    """Loads a checkpoint of `recalign train` as a recommender for a task.
+def load_model(spec: TaskSpec, checkpoint_path: str, mesh_shape: dict[str, int] | None, batch_macro: str) -> Model:
+    """Loads a checkpoint of `recalign train` to use it for a task.
 
     Args:
-      spec: a retrieval task.
+      spec: of any family.
       checkpoint_path: MODEL_DIR, or one checkpoint in it.
       mesh_shape: devices along each axis; None puts all along `data`.
       batch_macro: the gin name of the batch size, for its message.
-
-    Returns:
-      (recommender, step).
 
     Raises:
       InputError: when there is no checkpoint, it was trained with another model, vocabulary or (token format)
         catalogue, or the mesh or batch size doesn't fit.
     """
     mesh = partitioning.make_mesh(mesh_shape or {"data": -1})
-    decoding = DecodingOptions()
-    partitioning.check_batch_size(batch_macro, decoding.batch_size, mesh)
+    partitioning.check_batch_size(batch_macro, DecodingOptions().batch_size, mesh)
     config = model_config(spec.num_tokens)
     _check_trained_for(spec, checkpoint_path)
     shapes = partitioning.with_shardings(t5.abstract_params(config), mesh)
     params, step = load_trained(checkpoint_path, config, shapes)
-    return make_recommender(spec, t5.graph(config), decoding, partitioning.batch_sharding(mesh))(params), step
+    return Model(t5.graph(config), params, step, mesh)
+
+
+def load_recommender(
+    spec: TaskSpec, checkpoint_path: str, mesh_shape: dict[str, int] | None, batch_macro: str
+) -> tuple[Recommend, int]:
+    """Loads a checkpoint as a recommender for a retrieval task, and its step; see `load_model`."""
+    model = load_model(spec, checkpoint_path, mesh_shape, batch_macro)
+    sharding = partitioning.batch_sharding(model.mesh)
+    with_params = recommender.make_recommender(spec, model.graphdef, DecodingOptions(), sharding)
+    return with_params(model.params), model.step
+
+
+def make_evaluation(
+    spec: TaskSpec, split: str, graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh
+) -> Callable[[Any], Result]:
+    """Returns parameters -> result, for a task of a family that is EVALUATED; compiles on first use.
+
+    Raises:
+      InputError: when the split is none of validation and test, or holds nothing.
+    """
+    corpus, options, decoding = spec.corpus, EvaluationOptions(), DecodingOptions()
+    sharding = partitioning.batch_sharding(mesh)
+    if spec.family in ("rating", "rating_random"):
+        predictor = recommender.make_rater(spec, graphdef, decoding, sharding)
+        rated = rating.evaluation_queries(corpus, split, spec.family, options)
+        return lambda params: rating.evaluate(corpus, predictor(params), rated)
+
+    queries = retrieval.evaluation_queries(corpus, split, options)
+    if spec.family == "retrieval":
+        recommend = recommender.make_recommender(spec, graphdef, decoding, sharding)
+        return lambda params: retrieval.evaluate(corpus, recommend(params), queries, options)
+
+    score = recommender.make_scorer(spec, graphdef, decoding, sharding)
+    seed, negatives = spec.options.candidate_seed, spec.options.test_negatives
+    candidates = ranking.candidates(corpus, split, queries, negatives, seed)
+    limit = decoding.max_input_tokens
+    pairs = zip(queries, (row[row >= 0] for row in candidates), strict=True)
+    shown = [samples.shows_all(spec, query, items, limit) for query, items in pairs]
+
+    def evaluate(params: Any) -> Result:
+        result = ranking.evaluate(corpus, score(params), queries, candidates)
+        return dataclasses.replace(result, overall={ALL_SHOWN: float(np.mean(shown))})
+
+    return evaluate
 
 
 def _check_trained_for(spec: TaskSpec, checkpoint_path: str) -> None:

@@ -1,15 +1,19 @@
 """`recalign eval`: evaluates a checkpoint on a held-out split."""
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
 import gin
 
 from recalign_jax import gin_config, terminal
-from recalign_jax.commands.common import load_recommender
-from recalign_jax.evaluation import retrieval
-from recalign_jax.evaluation.retrieval import RetrievalOptions
-from seqio_tasks import specs
+from recalign_jax.commands.common import ALL_SHOWN, EVALUATED, load_model, make_evaluation
+from recalign_jax.corpus.corpus import load_corpus
+from recalign_jax.errors import InputError
+from recalign_jax.evaluation import report, results
+from recalign_jax.evaluation.results import Result
+from seqio_tasks import specs, task_names, vocabulary
+from seqio_tasks.specs import TaskOptions, TaskSpec
 
 USES_GIN = True
 
@@ -20,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Evaluates as gin says, and prints a table."""
+    """Evaluates as gin says, and prints tables."""
     return eval_command(args.data_dir)
 
 
@@ -31,27 +35,55 @@ def eval_command(
     split: str = "test",
     checkpoint_path: str | None = None,
     vocabulary: str | None = None,
+    output_dir: str | None = None,
     mesh: dict[str, int] | None = None,
 ) -> dict[str, Any]:
-    """Evaluates retrieval over the whole catalogue.
+    """Evaluates every recommendation task that a name holds.
 
     Args:
       data_dir: where corpora are.
-      task_name: a retrieval task.
+      task_name: a task or mixture.
       split: `validation` or `test`.
       checkpoint_path: MODEL_DIR, or one checkpoint in it.
       vocabulary: path of a SentencePiece model.
+      output_dir: gets `metrics.json`, and `FAMILY.parquet` with a row a user; None for neither.
       mesh: devices along each axis; None puts all along `data`.
     """
     task_name = gin_config.required("TASK_NAME", task_name, "movielens_retrieval_token")
     checkpoint_path = gin_config.required("CHECKPOINT_PATH", checkpoint_path, "DIR")
     vocabulary = gin_config.required("VOCABULARY", vocabulary, "PATH")
-    spec = specs.task_spec(task_name, vocabulary, data_dir)
-    specs.check_family(spec, "retrieval")
-    options = RetrievalOptions()
-    queries = retrieval.evaluation_queries(spec.corpus, split, options.max_users)
-    recommend, step = load_recommender(spec, checkpoint_path, mesh, "EVAL_BATCH_SIZE")
-    values = retrieval.evaluate(recommend, queries, options)
-    retrieval.show(f"{spec.name}, {split} split, step {step}, {values['users']} users", {"model": values})
-    terminal.say(f"Next to it: recalign baseline --corpus {spec.corpus.name} --method popularity")
-    return {"retrieval": values, "step": step, "split": split}
+    results.check_split(split)
+    tasks = evaluated(task_name, vocabulary, data_dir)
+    model = load_model(tasks[0], checkpoint_path, mesh, "EVAL_BATCH_SIZE")
+
+    def found() -> Iterator[tuple[str, Result]]:
+        for spec in tasks:
+            result = make_evaluation(spec, split, model.graphdef, model.mesh)(model.params)
+            if result.overall.get(ALL_SHOWN, 1) < 1:
+                terminal.warn("Not every prompt has room for all candidates; all are scored. See MAX_INPUT_TOKENS.")
+            yield f"{spec.name}, {split} split, step {model.step}", result
+
+    told = report.publish(found(), tasks[0].corpus, {"step": model.step, "split": split}, output_dir)
+    terminal.say(f"Next to it: recalign baseline --corpus {tasks[0].corpus.name} --method popularity")
+    return told
+
+
+def evaluated(name: str, vocabulary_path: str, data_dir: str | None) -> list[TaskSpec]:
+    """The tasks of that name, or in the mixture of that name, that are evaluated.
+
+    Raises:
+      InputError: when there is no such task, none in it is evaluated, or it is of several corpora.
+    """
+    parts = task_names.split_name(name, data_dir)
+    corpus = load_corpus(parts.corpora[0], data_dir)
+    fitting = [f for f in EVALUATED if f in task_names.families(corpus.ratings is not None)]
+    if len(parts.corpora) > 1:
+        raise InputError(f"TASK_NAME {name} is of several corpora; evaluate one at a time, as "
+                         f"{parts.of(parts.corpora[0], parts.base)}.")  # fmt: skip
+    families = [family for family in task_names.MIXTURES.get(parts.base, (parts.base,)) if family in fitting]
+    if not families:
+        names = ", ".join(parts.of(corpus.name, family) for family in fitting)
+        raise InputError(f"TASK_NAME {name} recommends nothing that could be evaluated. Give one of {names}, or a "
+                         f"mixture, as {parts.of(corpus.name, 'all')}.")  # fmt: skip
+    words, options = vocabulary.load(vocabulary_path), TaskOptions()
+    return [specs.make_spec(corpus, family, parts.item_format, words, options) for family in families]

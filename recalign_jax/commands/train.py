@@ -15,14 +15,13 @@ import jax
 from recalign_jax import gin_config, partitioning, terminal
 from recalign_jax.checkpoint import saved
 from recalign_jax.checkpoint.initial import load_base, load_initial
-from recalign_jax.commands.common import fingerprints, model_config
+from recalign_jax.commands.common import EVALUATED, fingerprints, make_evaluation, model_config
 from recalign_jax.corpus.corpus import data_dir_or_default
 from recalign_jax.errors import InputError
-from recalign_jax.evaluation import retrieval
-from recalign_jax.evaluation.retrieval import RetrievalOptions
+from recalign_jax.evaluation import report
 from recalign_jax.model import t5
 from recalign_jax.model.lora import LoraOptions
-from recalign_jax.recommender import DecodingOptions, make_recommender
+from recalign_jax.recommender import DecodingOptions
 from recalign_jax.training import preemption
 from recalign_jax.training.input_pipeline import InputOptions
 from recalign_jax.training.optimizer import make_optimizer, make_schedule
@@ -30,7 +29,7 @@ from recalign_jax.training.preemption import Preemption
 from recalign_jax.training.step import StepOptions, check_divides
 from recalign_jax.training.train import Evaluator, TrainOptions, train
 from seqio_tasks import components as task_components
-from seqio_tasks import specs, task_names
+from seqio_tasks import task_names
 from seqio_tasks import vocabulary as vocabularies
 from seqio_tasks.components import CorpusTask
 from seqio_tasks.specs import TaskSpec
@@ -40,7 +39,7 @@ USES_GIN = True
 # What may differ when a run is resumed: where it lies, how long it goes on, and how often it reports.
 MAY_CHANGE = (
     *("MODEL_DIR", "TRAIN_STEPS", "EVAL_PERIOD", "CHECKPOINT_PERIOD", "LOG_PERIOD", "KEEP_CHECKPOINTS"),
-    *("MAX_EVAL_USERS", "NUM_BEAMS", "EVAL_BATCH_SIZE", "VOCABULARY"),
+    *("MAX_EVAL_USERS", "NUM_BEAMS", "EVAL_BATCH_SIZE", "MAX_INPUT_TOKENS", "VOCABULARY"),
     *("BEST_METRIC", "EARLY_STOPPING", "PROFILE", "RESUME_CHANGED"),
     # The same arithmetic in another order: not the same bits, but the same run on other devices.
     *("MESH", "REMAT", "GRADIENT_ACCUMULATION", "LOGITS_CHUNKS"),
@@ -73,7 +72,7 @@ def train_command(
     mixture_or_task_module: str | None = None,
     vocabulary: str | None = None,
     initial_checkpoint: str | None = None,
-    evaluate_retrieval: bool = True,
+    evaluate_recommendations: bool = True,
 ) -> dict[str, Any]:
     """Registers tasks with SeqIO, puts the parts of a run together, and trains.
 
@@ -85,7 +84,8 @@ def train_command(
       mixture_or_task_module: a Python module to import first, that registers tasks of its own.
       vocabulary: path of a SentencePiece model.
       initial_checkpoint: what a new run starts from, see `load_initial`; None starts from random parameters.
-      evaluate_retrieval: whether retrieval on the validation split is among the evaluations.
+      evaluate_recommendations: whether the mixture's recommendation tasks are evaluated on the validation split,
+        beside the loss.
     """
     mixture_or_task_name = gin_config.required(
         "MIXTURE_OR_TASK_NAME", mixture_or_task_name, "movielens_retrieval_aligned_token"
@@ -102,8 +102,9 @@ def train_command(
     check_divides(step_options, input_options.batch_size, input_options.task_feature_lengths["targets"], mesh)
     config = model_config(max(component.num_tokens for component, _ in components))
     evaluators = []
-    if evaluate_retrieval and options.eval_period:
-        evaluators = [retrieval_evaluator(spec, config, mesh, prefix) for spec, prefix in evaluated(task_specs)]
+    if evaluate_recommendations and options.eval_period:
+        partitioning.check_batch_size("EVAL_BATCH_SIZE", DecodingOptions().batch_size, mesh)
+        evaluators = [make_evaluator(spec, config, mesh, prefix) for spec, prefix in evaluated(task_specs)]
     words = vocabularies.load(vocabulary)
     identity: dict[str, Any] = run_identity(task_specs) | {"vocabulary": words.fingerprint}
     initial_params, base, lora_options = None, None, LoraOptions()
@@ -173,11 +174,12 @@ def register(name: str, module: str | None, vocabulary: str, data_dir: str | Non
 
 
 def evaluated(task_specs: list[TaskSpec]) -> Iterator[tuple[TaskSpec, str]]:
-    """The retrieval task of every corpus and item format in the mixture, and what its figures' names begin with."""
-    found = {(spec.corpus.name, spec.catalog.item_format): spec for spec in task_specs}
-    for (corpus, item_format), spec in found.items():
-        prefix = "validation_" if len(found) == 1 else f"validation_{task_names.with_format(corpus, item_format)}_"
-        yield specs.make_spec(spec.corpus, "retrieval", item_format, spec.vocabulary, spec.options), prefix
+    """The tasks of a mixture that recommend, and what the names of their figures begin with."""
+    places = {(spec.corpus.name, spec.catalog.item_format) for spec in task_specs}
+    for spec in task_specs:
+        if spec.family in EVALUATED:
+            place = f"{task_names.with_format(spec.corpus.name, spec.catalog.item_format)}_" if len(places) > 1 else ""
+            yield spec, f"validation_{place}" + ("" if spec.family == "retrieval" else f"{spec.wordings}_")
 
 
 def run_identity(task_specs: list[TaskSpec]) -> dict[str, str]:
@@ -189,15 +191,12 @@ def run_identity(task_specs: list[TaskSpec]) -> dict[str, str]:
     return {name: value for name, value in values.items() if name not in may_change} | fingerprints(task_specs)
 
 
-def retrieval_evaluator(spec: TaskSpec, config: Any, mesh: jax.sharding.Mesh, prefix: str) -> Evaluator:
-    """Retrieval on the validation split, as an evaluator for the train loop."""
-    options, decoding = RetrievalOptions(), DecodingOptions()
-    partitioning.check_batch_size("EVAL_BATCH_SIZE", decoding.batch_size, mesh)
-    with_params = make_recommender(spec, t5.graph(config), decoding, partitioning.batch_sharding(mesh))
-    queries = retrieval.evaluation_queries(spec.corpus, "validation", options.max_users)
+def make_evaluator(spec: TaskSpec, config: Any, mesh: jax.sharding.Mesh, prefix: str) -> Evaluator:
+    """A task on the validation split, as an evaluator for the train loop."""
+    evaluation = make_evaluation(spec, "validation", t5.graph(config), mesh)
 
     def evaluator(params: Any) -> Iterator[tuple[str, float]]:
-        for name, value in retrieval.evaluate(with_params(params), queries, options).items():
+        for name, value in report.logged(evaluation(params)):
             yield prefix + name, value
 
     return evaluator

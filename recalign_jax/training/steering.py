@@ -1,5 +1,6 @@
 """Which evaluation was the best, and when to stop early: functions of the run's log, so that a resumed run agrees."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,8 +9,9 @@ import jax
 from recalign_jax.checkpoint import saved
 from recalign_jax.errors import RunError, did_you_mean
 
-# A metric with one of these in its name is better when it is lower.
-LOWER_IS_BETTER = ("loss", "rmse", "mae")
+# Metrics that are better when they are lower: losses, also of one task, and errors. What stands before, as the name of
+# a corpus, may be anything.
+LOWER_IS_BETTER = re.compile(r"(?:^|_)(?:loss|loss/.*|(?:rmse|mae)(?:_argmax)?(?:_low|_high)?)$")
 
 
 def best_evaluation(records: Sequence[Mapping[str, Any]], metric: str) -> tuple[dict[str, Any] | None, int]:
@@ -22,7 +24,7 @@ def best_evaluation(records: Sequence[Mapping[str, Any]], metric: str) -> tuple[
     Returns:
       (`step`, `metric`, `value` of the best evaluation or None, how many evaluations there were after it).
     """
-    sign = -1 if any(part in metric for part in LOWER_IS_BETTER) else 1
+    sign = -1 if LOWER_IS_BETTER.search(metric) else 1
     evaluations = [record for record in records if metric in record]
     if not evaluations:
         return None, 0

@@ -1,0 +1,50 @@
+"""Rating: what a user gives an item, predicted as the expected value and as the most likely rating."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from recalign_jax import metrics
+from recalign_jax.corpus.corpus import Corpus
+from recalign_jax.evaluation import results
+from recalign_jax.evaluation.results import EvaluationOptions, Result
+from seqio_tasks import examples
+from seqio_tasks.examples import PredictRatings, RatedQuery
+
+METRICS = ("mse", "mae")
+
+
+def evaluation_queries(corpus: Corpus, split: str, family: str, options: EvaluationOptions) -> list[RatedQuery]:
+    """The held-out ratings of a rated corpus: of `rating` one a user, of `rating_random` all of the part.
+
+    Raises InputError as `num_evaluated`.
+    """
+    random = family == "rating_random"
+    held_out = len(examples.random_part(corpus, split) if random else corpus.evaluation_users)
+    count = results.num_evaluated(corpus, split, held_out, options)
+    find = examples.random_rating if random else examples.next_rating
+    return [find(corpus, split, index) for index in range(count)]
+
+
+def evaluate(corpus: Corpus, predict: PredictRatings, queries: Sequence[RatedQuery]) -> Result:
+    """Errors of the expected rating (`rmse`, `mae`) and of the most likely one (`rmse_argmax`, `mae_argmax`).
+
+    Args:
+      corpus: what the queries are of.
+      predict: the model, or a baseline.
+      queries: from `evaluation_queries`.
+
+    Returns:
+      The metrics, and as facts `rating`, `expected` and `most_likely`.
+    """
+    ratings = np.asarray([query.rating for query in queries], np.float32)
+    expected, likely = results.gather(predict(queries), len(queries), "rating")
+    return Result(
+        family="rating",
+        facts=results.facts(corpus, queries) | {"rating": ratings, "expected": expected, "most_likely": likely},
+        values={
+            "": results.ordered(metrics.rating_values(expected, ratings), METRICS),
+            "_argmax": results.ordered(metrics.rating_values(likely, ratings), METRICS),
+        },
+        main=METRICS,
+    )

@@ -1,0 +1,125 @@
+"""What the evaluators share: which examples count, and a result as columns with a row a user.
+
+Metrics are computed from the columns of all users at once. The rows that fill up a batch never come here: whoever
+answers queries drops them, and `gather` holds that every query was answered once.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import gin
+import jax
+import numpy as np
+
+from recalign_jax import metrics, terminal
+from recalign_jax.corpus.corpus import Corpus
+from recalign_jax.errors import InputError
+from recalign_jax.metrics import Estimate
+from seqio_tasks.examples import Query, RatedQuery
+
+SPLITS = ("validation", "test")
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class EvaluationOptions:
+    """What is evaluated.
+
+    Attributes:
+      filter_history: in retrieval, drop the items of the user's whole history from the ranked list for the figures
+        without suffix. Figures without the filter are always there too, as `recall@10_unfiltered`.
+      max_users: evaluate only so many users (users are numbered at random, so the first ones are a random sample);
+        None for all.
+    """
+
+    filter_history: bool = True
+    max_users: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What an evaluation found; all arrays have a row a user (of `rating_random` a row a rating).
+
+    Attributes:
+      family: `retrieval`, `ranking` or `rating`.
+      facts: what a row is about, and what was answered: `user` and `target` as numbers of the corpus,
+        `history_length`, `target_popularity` (interactions in training), and more; [N], or [N, k] for `items`.
+      values: metrics by what ends their names, as "_unfiltered", and by name; float32 [N] each.
+      main: the metrics that slices show, of `values[""]`.
+      overall: numbers that are of all rows together, and not a mean over them.
+    """
+
+    family: str
+    facts: dict[str, np.ndarray]
+    values: dict[str, dict[str, Any]]
+    main: tuple[str, ...]
+    overall: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.facts["user"])
+
+
+def check_split(split: str) -> None:
+    """Raises InputError when a split holds nothing to evaluate on."""
+    if split not in SPLITS:
+        raise InputError(f"SPLIT is {split!r}: evaluations are on {' or '.join(SPLITS)}.")
+
+
+def num_evaluated(corpus: Corpus, split: str, held_out: int, options: EvaluationOptions) -> int:
+    """How many of the examples that a split holds out are evaluated.
+
+    Raises:
+      InputError: when the split is none of SPLITS, or holds nothing.
+    """
+    check_split(split)
+    if held_out == 0:
+        raise InputError(f"Corpus {corpus.name} has no user with three interactions: nothing can be held out.")
+    return min(held_out, options.max_users or held_out)
+
+
+def gather(answers: Iterable[tuple[np.ndarray, ...]], count: int, what: str) -> list[np.ndarray]:
+    """Puts answers in the order of their queries, and shows progress.
+
+    Args:
+      answers: parts (which queries [b], array [b, ...], ...), in any order.
+      count: the number of queries.
+      what: for the progress.
+
+    Returns:
+      The arrays after the first one, each [count, ...].
+    """
+    parts = []
+    with terminal.progress(what, count, "users") as advance:
+        for part in answers:
+            parts.append(part)
+            advance(len(part[0]))
+    chosen, *arrays = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.argsort(chosen)
+    assert np.array_equal(chosen[order], np.arange(count)), "every query is answered once"
+    return [array[order] for array in arrays]
+
+
+def facts(corpus: Corpus, queries: Sequence[Query] | Sequence[RatedQuery]) -> dict[str, np.ndarray]:
+    """What is known of queries before they are answered; see `Result.facts`."""
+    target = np.asarray([query.target for query in queries], np.int32)
+    return {
+        "user": np.asarray([query.user for query in queries], np.int32),
+        "target": target,
+        "history_length": np.asarray([len(query.history) for query in queries], np.int32),
+        "target_popularity": corpus.training_popularity[target],
+    }
+
+
+def ordered(values: Mapping[str, jax.Array], names: Sequence[str]) -> dict[str, Any]:
+    """Some of the metrics that a compiled function gave (which sorts their names), as numpy's float32 [N]."""
+    return {name: np.asarray(values[name]) for name in names}
+
+
+def estimates(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Estimate]:
+    """The mean of every metric with its 95 % bootstrap interval over the rows, by whole name."""
+    return {
+        name + ending: estimate
+        for ending, columns in values.items()
+        for name, estimate in metrics.estimates(columns).items()
+    }
