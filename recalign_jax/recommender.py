@@ -4,6 +4,7 @@ Evaluation and inference are handed what this makes; they don't know what is beh
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,8 +13,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from recalign_jax.decoding.beam_search import SCORES
+from recalign_jax.decoding import trie_file
 from recalign_jax.decoding.retrieve import make_generate, retrieve
+from recalign_jax.decoding.scoring import SCORES
 from recalign_jax.decoding.trie import EOS_ID, PAD_ID, Trie, build_trie
 from recalign_jax.errors import InputError, did_you_mean
 from seqio_tasks import samples, writing
@@ -58,11 +60,38 @@ class DecodingOptions:
             )
 
 
+def item_trie(spec: TaskSpec, model_dir: str | None = None) -> Trie:
+    """The catalogue of a task: as a MODEL_DIR has it, if that is of the same items and popularities, or built anew."""
+    if model_dir is not None and (trie := trie_file.load(_trie_path(spec, model_dir), _trie_fingerprint(spec))):
+        return trie
+    catalog = spec.catalog
+    return build_trie(catalog.tokens, catalog.lengths, spec.corpus.training_popularity, spec.num_tokens)
+
+
+def save_trie(spec: TaskSpec, model_dir: str) -> None:
+    """Puts the catalogue of a task beside its checkpoints, unless it is there already."""
+    path, fingerprint = _trie_path(spec, model_dir), _trie_fingerprint(spec)
+    if trie_file.load(path, fingerprint) is None:
+        trie_file.save(item_trie(spec), path, fingerprint)
+
+
 def make_recommender(
-    spec: TaskSpec, graphdef: nnx.GraphDef, options: DecodingOptions, sharding: jax.sharding.Sharding
+    spec: TaskSpec,
+    graphdef: nnx.GraphDef,
+    options: DecodingOptions,
+    sharding: jax.sharding.Sharding,
+    model_dir: str | None = None,
 ) -> Callable[[Any], Recommend]:
-    """Returns parameters -> recommender, for a task's corpus, item format and vocabulary; compiles on first use."""
-    trie = _item_trie(spec)
+    """Returns parameters -> recommender, for a task's corpus, item format and vocabulary; compiles on first use.
+
+    Args:
+      spec: a retrieval task.
+      graphdef: of the model.
+      options: of the search.
+      sharding: of the users of a batch.
+      model_dir: where a saved trie may be.
+    """
+    trie = item_trie(spec, model_dir)
     generate = make_generate(graphdef, options.num_beams, options.top_k, options.length_penalty, options.scores)
 
     def with_params(params: Any) -> Recommend:
@@ -76,14 +105,18 @@ def make_recommender(
 
 
 def make_scorer(
-    spec: TaskSpec, graphdef: nnx.GraphDef, options: DecodingOptions, sharding: jax.sharding.Sharding
+    spec: TaskSpec,
+    graphdef: nnx.GraphDef,
+    options: DecodingOptions,
+    sharding: jax.sharding.Sharding,
+    model_dir: str | None = None,
 ) -> Callable[[Any], ScoreCandidates]:
     """Returns parameters -> scorer for a ranking task: log-likelihoods of the candidates after a prompt with them.
 
     It is a search that may return the candidates alone, with a beam for each, so that none is missed. All are scored,
     also those that a prompt of `max_input_tokens` leaves out. `num_beams` and `top_k` don't count.
     """
-    trie = _item_trie(spec)
+    trie = item_trie(spec, model_dir)
     beams = spec.options.test_negatives + 1
     generate = make_generate(graphdef, beams, beams, options.length_penalty, options.scores)
 
@@ -133,9 +166,12 @@ def make_rater(
     return with_params
 
 
-def _item_trie(spec: TaskSpec) -> Trie:
-    catalog = spec.catalog
-    return build_trie(catalog.tokens, catalog.lengths, spec.corpus.training_popularity, spec.num_tokens)
+def _trie_path(spec: TaskSpec, model_dir: str) -> pathlib.Path:
+    return pathlib.Path(model_dir) / "tries" / f"{spec.corpus.name}_{spec.catalog.item_format}.npz"
+
+
+def _trie_fingerprint(spec: TaskSpec) -> str:
+    return f"{spec.catalog.fingerprint} {spec.corpus.fingerprint} {spec.num_tokens}"
 
 
 def _rating_trie(spec: TaskSpec) -> tuple[np.ndarray, Trie]:

@@ -13,6 +13,8 @@ from tests.corpora import write_tables
 USERS, ITEMS, LENGTH = 60, 40, 8
 TINY = ("--gin_file", "gin_configs/models/t5_tiny.gin")
 FINETUNE = (*TINY, "--gin_file", "gin_configs/runs/finetune.gin")
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 FAST = (
     *("--gin.TRAIN_STEPS=6", "--gin.BATCH_SIZE=4", "--gin.LOG_PERIOD=2", "--gin.CHECKPOINT_PERIOD=3"),
     "--gin.TASK_FEATURE_LENGTHS={'inputs': 128, 'targets': 32}",
@@ -130,6 +132,7 @@ def test_train_evaluates_logs_and_reports(shop):
     assert {f"loss/shop_{family}_token" for family in ("retrieval", "mim", "mlm")} <= logged
     assert "T5Config.emb_dim = 64" in (model_dir / "config.gin").read_text()
     assert list(model_dir.glob("events.out.tfevents*"))
+    assert [path.name for path in (model_dir / "tries").iterdir()] == ["shop_token.npz"]
 
 
 def test_train_lowers_the_loss(shop):

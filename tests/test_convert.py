@@ -35,6 +35,7 @@ TOLERANCE = 1e-4
 TINY_RUN = (
     *("--gin_file", "gin_configs/models/t5_tiny.gin", "--gin_file", "gin_configs/runs/finetune.gin"),
     *("--gin.TRAIN_STEPS=3", "--gin.BATCH_SIZE=4", "--gin.LOG_PERIOD=1"),
+    *("--gin.InputOptions.window=64", "--gin.InputOptions.data_shards=2"),
     "--gin.TASK_FEATURE_LENGTHS={'inputs': 128, 'targets': 32}",
 )
 

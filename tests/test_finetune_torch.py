@@ -14,6 +14,7 @@ from tests.shared_data import shared
 from tests.test_checkpoint_formats import T5X_TINY
 from tests.test_model_torch import CONFIG, batch, our_params, torch, torch_logits, torch_model  # noqa: F401 (fixture)
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 TOLERANCE = 1e-4
 FAST_COMPILATION = {"xla_backend_optimization_level": 0}
 

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from recalign_jax import cli
 from recalign_jax.checkpoint import saved
 from recalign_jax.training import log
 from tests import kill_and_resume
@@ -41,6 +42,7 @@ def test_sigterm_saves_and_leaves_with_its_own_status(folder):
     assert f"SIGTERM: saved step {step}" in (folder / "told.log").read_text()
 
 
+@pytest.mark.usefixtures("fast_compilation")
 def test_two_processes_leave_together_and_train_as_one(folder):
     """Each of four devices, all axes of the mesh larger than one; with evaluation."""
     more = ("--gin.DROPOUT_RATE=0.0", "--gin.NUM_BEAMS=5", "--gin.CHECKPOINT_PERIOD=1000000")
@@ -60,7 +62,7 @@ def test_two_processes_leave_together_and_train_as_one(folder):
     (saved_step,) = saved.steps(str(folder / "two"))
     steps, evaluation = saved_step + 2, "--gin.EVAL_PERIOD=1000000"
     assert start(steps, evaluation).wait(timeout=300) == 0
-    assert kill_and_resume.train(folder, "one", steps, *more, evaluation).wait() == 0
+    assert cli.main(["train", *kill_and_resume.arguments(folder, "one", steps, *more, evaluation)]) == 0
     one, two = (log.read(str(folder / name)) for name in ("one", "two"))
     assert [record["step"] for record in one] == [record["step"] for record in two] == [*range(1, steps + 1)]
     for name in ("loss", "gradient_norm", "loss/shop_retrieval_token"):

@@ -260,7 +260,9 @@ def test_every_mesh_trains_the_same_adapters(base, batch, optimizer, steps):
         if "model" in shape:
             assert query["a"].sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", None)
             assert query["b"].sharding.spec == jax.sharding.PartitionSpec(None, None, "model")
-        step = jax.jit(make_train_step(t5.graph(CONFIG), made, StepOptions(1e-4), 1, 0, OPTIONS))
+        step = jax.jit(
+            make_train_step(t5.graph(CONFIG), made, StepOptions(1e-4), 1, 0, OPTIONS), compiler_options=FAST_COMPILATION
+        )
         for _ in range(steps):
             state, _ = step(state, batch, on_mesh)
         for path, array in flat(state.params).items():

@@ -263,10 +263,10 @@ def taken(window, options, rank=0):
     return jax.device_get(jax.jit(step, compiler_options=FAST)(state, rows, base if rank else None))
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_a_step_in_parts_is_the_same_step(window, rank):
+@pytest.mark.parametrize(("rank", "ways"), [(0, [(2, 1), (4, 3), (1, 4)]), (2, [(4, 3)])])
+def test_a_step_in_parts_is_the_same_step(window, rank, ways):
     state, sums = taken(window, StepOptions(1e-2), rank)
-    for parts, chunks in ((2, 1), (4, 3), (1, 4)):
+    for parts, chunks in ways:
         other, other_sums = taken(window, StepOptions(1e-2, parts, chunks), rank)
         for name, value in sums.items():
             np.testing.assert_allclose(other_sums[name], value, rtol=1e-6, err_msg=name)
@@ -300,7 +300,7 @@ def test_chunks_hold_the_logits_of_one_part_at_a_time(window):
         def loss(params, batch):
             return loss_sums(t5.graph(config), params, batch, StepOptions(0.0, 1, chunks), 1, None)["loss"]
 
-        compiled = jax.jit(jax.grad(loss)).lower(t5.abstract_params(config), shapes).compile()
+        compiled = jax.jit(jax.grad(loss)).lower(t5.abstract_params(config), shapes).compile(FAST)
         return compiled.memory_analysis().temp_size_in_bytes
 
     logits = 32 * TARGET_LENGTH * 8192 * 4

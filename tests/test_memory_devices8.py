@@ -24,7 +24,7 @@ from recalign_jax.training.step import (
     make_train_step,
 )
 
-pytestmark = pytest.mark.devices8
+pytestmark = [pytest.mark.devices8, pytest.mark.usefixtures("fast_compilation")]
 
 CONFIG = T5Config(
     emb_dim=128, num_heads=8, head_dim=16, num_encoder_layers=2, num_decoder_layers=2, mlp_dim=256,

@@ -20,6 +20,7 @@ from recalign_jax.training.memory import Job
 from recalign_jax.training.optimizer import make_optimizer
 from recalign_jax.training.step import StepOptions, loss_sums
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'recalign_jax[plan]'"
 )
@@ -152,7 +153,7 @@ def job(devices=1, shape=None, **changed) -> Job:
 
 
 def test_advice_names_what_saves_memory_and_how_much():
-    large = job(config=dataclasses.replace(TINY, vocab_size=4096))
+    large = job(config=dataclasses.replace(TINY, vocab_size=4096), optimizer=make_optimizer("adamw"))
     text = memory.advice(*(getattr(large, field.name) for field in dataclasses.fields(Job)))
     first, *lines = text.splitlines()
     assert first.startswith("A step of these settings needs 0.0")

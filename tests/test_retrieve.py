@@ -1,12 +1,14 @@
 """From prompts to items with the real model: the ranking is that of every item's likelihood, computed one by one."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from recalign_jax import partitioning
+from recalign_jax import partitioning, recommender
 from recalign_jax.decoding.likelihood import sequence_scores
 from recalign_jax.evaluation import retrieval
 from recalign_jax.evaluation.results import EvaluationOptions
@@ -16,6 +18,8 @@ from recalign_jax.recommender import DecodingOptions, make_recommender
 from seqio_tasks import samples, specs
 
 BATCH = 8
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 @pytest.fixture(scope="module", params=["title", "token"])
@@ -65,3 +69,19 @@ def test_ranking_equals_exhaustive_likelihood(spec, model):
             np.testing.assert_allclose(score[: len(found)], best, atol=1e-4)
             np.testing.assert_allclose(score[: len(found)], expected[found], atol=1e-4)
     assert sorted(seen) == list(range(len(queries)))
+
+
+def test_a_saved_catalogue_is_used_if_it_is_that_of_the_task(spec, tmp_path, monkeypatch):
+    built = recommender.item_trie(spec, str(tmp_path))
+    recommender.save_trie(spec, str(tmp_path))
+    calls = []
+    monkeypatch.setattr(recommender, "build_trie", lambda *arguments: calls.append(arguments))
+    found = recommender.item_trie(spec, str(tmp_path))
+    assert not calls
+    assert jax.tree.structure(found) == jax.tree.structure(built)
+    for before, after in zip(jax.tree.leaves(built), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(before, after)
+    # Items that came later: another corpus, so another trie.
+    extended = dataclasses.replace(spec, catalog=dataclasses.replace(spec.catalog, fingerprint="another"))
+    recommender.item_trie(extended, str(tmp_path))
+    assert len(calls) == 1

@@ -31,7 +31,8 @@ def losses(model_dir, mesh, corpus, words) -> list[float]:
         vocab_size=512, num_tokens=components[0][0].num_tokens, dropout_rate=0.0, activation_dtype="float32",
     )  # fmt: skip
     options = TrainOptions(model_dir=str(model_dir), train_steps=STEPS, log_period=1, checkpoint_period=STEPS)
-    rows = InputOptions(task_feature_lengths={"inputs": 64, "targets": 16}, batch_size=16, window=256)
+    lengths = {"inputs": 64, "targets": 16}
+    rows = InputOptions(task_feature_lengths=lengths, batch_size=16, window=64, data_shards=2)
     train(
         options, rows, StepOptions(), config, make_optimizer("adafactor", 1e-2), mesh, components, [], {}, Preemption()
     )

@@ -23,7 +23,7 @@ from seqio_tasks import specs
 from seqio_tasks.components import CorpusTask
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
-ROWS = InputOptions(task_feature_lengths={"inputs": 64, "targets": 16}, batch_size=8, window=256)
+ROWS = InputOptions(task_feature_lengths={"inputs": 64, "targets": 16}, batch_size=8, window=64, data_shards=2)
 METRIC = "validation_recall@10"
 
 

@@ -11,6 +11,7 @@ from seqio_tasks.writing import Limits, Sample
 torch = pytest.importorskip("torch")
 from benchmarks import train_throughput  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 CONFIG = T5Config(
     emb_dim=16, num_heads=2, head_dim=8, num_encoder_layers=1, num_decoder_layers=1, mlp_dim=32, vocab_size=128
 )

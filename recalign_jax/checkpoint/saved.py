@@ -57,21 +57,26 @@ def locate(path: str) -> tuple[str, int]:
     Raises:
       InputError: when there is none.
     """
-    given = pathlib.Path(path).absolute()
+    given, model_dir = pathlib.Path(path).absolute(), model_dir_of(path)
     if given.name.isdigit() and given.parent.name == DIRECTORY and given.is_dir():
-        return str(given.parent.parent), int(given.name)
+        return model_dir, int(given.name)
     if given.name == BEST and not given.exists():
-        best = read_best(str(given.parent))
-        if best is None or best["step"] not in steps(str(given.parent)):
-            raise InputError(
-                f"{given.parent} has no best checkpoint: it needs EVAL_PERIOD and BEST_METRIC in training."
-            )
-        return str(given.parent), best["step"]
-    model_dir = str(given.parent if given.name == DIRECTORY else given)
+        best = read_best(model_dir)
+        if best is None or best["step"] not in steps(model_dir):
+            raise InputError(f"{model_dir} has no best checkpoint: it needs EVAL_PERIOD and BEST_METRIC in training.")
+        return model_dir, best["step"]
     found = steps(model_dir)
     if not found:
         raise InputError(f"No checkpoint at {path}. Give a MODEL_DIR of recalign train, or MODEL_DIR/{DIRECTORY}/STEP.")
     return model_dir, found[0]
+
+
+def model_dir_of(path: str) -> str:
+    """The MODEL_DIR of what is given as a checkpoint, see `locate`; the path itself if it is none of these."""
+    given = pathlib.Path(path).absolute()
+    if given.name.isdigit() and given.parent.name == DIRECTORY:
+        return str(given.parent.parent)
+    return str(given.parent if given.name == DIRECTORY or (given.name == BEST and not given.exists()) else given)
 
 
 def read_best(model_dir: str) -> dict[str, Any] | None:

@@ -32,12 +32,13 @@ ALL_SHOWN = "prompts_with_all_candidates"  # their share: a prompt can be too sh
 
 
 class Model(NamedTuple):
-    """A trained model."""
+    """A trained model, and the MODEL_DIR it comes from."""
 
     graphdef: nnx.GraphDef
     params: Any
     step: int
     mesh: jax.sharding.Mesh
+    model_dir: str
 
 
 def model_config(num_tokens: int) -> T5Config:
@@ -81,7 +82,7 @@ def load_model(spec: TaskSpec, checkpoint_path: str, mesh_shape: dict[str, int] 
     _check_trained_for(spec, checkpoint_path)
     shapes = partitioning.with_shardings(t5.abstract_params(config), mesh)
     params, step = load_trained(checkpoint_path, config, shapes)
-    return Model(t5.graph(config), params, step, mesh)
+    return Model(t5.graph(config), params, step, mesh, saved.model_dir_of(checkpoint_path))
 
 
 def load_recommender(
@@ -90,14 +91,21 @@ def load_recommender(
     """Loads a checkpoint as a recommender for a retrieval task, and its step; see `load_model`."""
     model = load_model(spec, checkpoint_path, mesh_shape, batch_macro)
     sharding = partitioning.batch_sharding(model.mesh)
-    with_params = recommender.make_recommender(spec, model.graphdef, DecodingOptions(), sharding)
+    with_params = recommender.make_recommender(spec, model.graphdef, DecodingOptions(), sharding, model.model_dir)
     return with_params(model.params), model.step
 
 
 def make_evaluation(
-    spec: TaskSpec, split: str, graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh
+    spec: TaskSpec, split: str, graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh, model_dir: str | None = None
 ) -> Callable[[Any], Result]:
     """Returns parameters -> result, for a task of a family that is EVALUATED; compiles on first use.
+
+    Args:
+      spec: the task.
+      split: `validation` or `test`.
+      graphdef: of the model.
+      mesh: of the parameters.
+      model_dir: where a saved trie may be.
 
     Raises:
       InputError: when the split is none of validation and test, or holds nothing.
@@ -111,10 +119,10 @@ def make_evaluation(
 
     queries = retrieval.evaluation_queries(corpus, split, options)
     if spec.family == "retrieval":
-        recommend = recommender.make_recommender(spec, graphdef, decoding, sharding)
+        recommend = recommender.make_recommender(spec, graphdef, decoding, sharding, model_dir)
         return lambda params: retrieval.evaluate(corpus, recommend(params), queries, options)
 
-    score = recommender.make_scorer(spec, graphdef, decoding, sharding)
+    score = recommender.make_scorer(spec, graphdef, decoding, sharding, model_dir)
     seed, negatives = spec.options.candidate_seed, spec.options.test_negatives
     candidates = ranking.candidates(corpus, split, queries, negatives, seed)
     limit = decoding.max_input_tokens

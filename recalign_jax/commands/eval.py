@@ -58,7 +58,7 @@ def eval_command(
 
     def found() -> Iterator[tuple[str, Result]]:
         for spec in tasks:
-            result = make_evaluation(spec, split, model.graphdef, model.mesh)(model.params)
+            result = make_evaluation(spec, split, model.graphdef, model.mesh, model.model_dir)(model.params)
             if result.overall.get(ALL_SHOWN, 1) < 1:
                 terminal.warn("Not every prompt has room for all candidates; all are scored. See MAX_INPUT_TOKENS.")
             yield f"{spec.name}, {split} split, step {model.step}", result

@@ -21,7 +21,7 @@ from recalign_jax.errors import InputError
 from recalign_jax.evaluation import report
 from recalign_jax.model import t5
 from recalign_jax.model.lora import LoraOptions
-from recalign_jax.recommender import DecodingOptions
+from recalign_jax.recommender import DecodingOptions, save_trie
 from recalign_jax.training import preemption
 from recalign_jax.training.input_pipeline import InputOptions
 from recalign_jax.training.optimizer import make_optimizer, make_schedule
@@ -126,7 +126,7 @@ def train_command(
         identity |= {"base": told, "lora": dataclasses.asdict(lora_options) | {"targets": list(lora_options.targets)}}
     elif initial_checkpoint is not None:
         initial_params = functools.partial(load_initial, initial_checkpoint, config, options.seed)
-    return train(
+    result = train(
         options,
         input_options,
         step_options,
@@ -142,6 +142,10 @@ def train_command(
         lora_options=lora_options,
         schedule=make_schedule(),
     )
+    if jax.process_index() == 0:
+        for spec in {(spec.corpus.name, spec.catalog.item_format): spec for spec in task_specs}.values():
+            save_trie(spec, model_dir)
+    return result
 
 
 def register(name: str, module: str | None, vocabulary: str, data_dir: str | None) -> str:
