@@ -16,7 +16,8 @@ setup_environment() {
   have=$(cat .venv/recalign_stamp 2>/dev/null || true)
   if [ "$have" != "$want" ] && [ "$have" != "${want%"$extra"}[test]" ]; then
     echo "Installing into .venv (once; a few minutes) ..." >&2
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$extra"
+    # Modules are compiled when they are imported first: most never are.
+    .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".$extra"
     echo "$want" > .venv/recalign_stamp
   fi
 }

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 RESAMPLES_AT_ONCE = 8
 
@@ -134,7 +135,7 @@ class Estimate(NamedTuple):
 
 
 def estimates(
-    values: Mapping[str, jax.Array], *, seed: int = 0, resamples: int = 1000, confidence: float = 0.95
+    values: Mapping[str, ArrayLike], *, seed: int = 0, resamples: int = 1000, confidence: float = 0.95
 ) -> dict[str, Estimate]:
     """Returns the mean of each metric with its percentile bootstrap interval (Efron & Tibshirani, 1993, chapter 13).
 
@@ -161,6 +162,7 @@ def estimates(
     deviations[:count] = table - means
     sums = _resampled_sums(deviations, np.uint32(count), seed, resamples)
     resampled = means + np.asarray(sums, np.float64) / count  # [resamples, M]
+    resampled = np.clip(resampled, table.min(axis=0), table.max(axis=0))  # rounding alone leads out of it
     tail = (1 - confidence) / 2
     result = {}
     for name, mean, draws in zip(values, means, resampled.T, strict=True):

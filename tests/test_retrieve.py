@@ -1,6 +1,7 @@
 """From prompts to items with the real model: the ranking is that of every item's likelihood, computed one by one."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -43,10 +44,15 @@ def model(spec):
 def likelihoods(spec, graphdef, params, query) -> np.ndarray:
     """log p(item | history) of every item, teacher-forced: [I]."""
     prompt = samples.write_history(spec, query, 512)
-    targets = jnp.asarray(spec.catalog.tokens)  # [I, T]
+    prompt = np.pad(prompt, (0, -len(prompt) % 128))  # so that few programs are compiled
+    return np.array(score_all(graphdef, params, prompt, spec.catalog.tokens))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def score_all(graphdef, params, prompt, targets):
+    tokens = jnp.tile(prompt[None], (len(targets), 1))
     inputs = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
-    tokens = jnp.tile(jnp.asarray(prompt)[None], (len(targets), 1))
-    return np.array(sequence_scores(nnx.merge(graphdef, params)(tokens, inputs), targets))
+    return sequence_scores(nnx.merge(graphdef, params)(tokens, inputs), targets)
 
 
 def test_ranking_equals_exhaustive_likelihood(spec, model):

@@ -1,5 +1,6 @@
 """Beam search over the sequences of a catalogue: whatever it returns is an item."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -11,14 +12,14 @@ from recalign_jax.decoding import forced, permitted
 from recalign_jax.decoding.cache import Cache, follow_parents, slot_order
 from recalign_jax.decoding.finished import BeamResult, Finished
 from recalign_jax.decoding.permitted import Permitted
-from recalign_jax.decoding.scoring import SCORES, Decoder, ScoreNext
+from recalign_jax.decoding.scoring import SCORES, Decoder
 from recalign_jax.decoding.trie import PAD_ID, Trie
 
 # Children are looked at in arrays of the first of these widths that holds those of every beam (or of the trie's own).
 _WIDTHS = (16, 256, 4096)
 
 
-class _Beams(NamedTuple):
+class Beams(NamedTuple):
     """Prefixes that are still growing, one a beam. All have the same length; a dead beam has the score -inf."""
 
     score: jax.Array  # float32 [B, K], log p(prefix)
@@ -28,21 +29,11 @@ class _Beams(NamedTuple):
 
 
 class _Children(NamedTuple):
-    """The children of all beams, in one row a user; W a beam, where it has them."""
+    """Children of the beams of each user, best first."""
 
-    score: jax.Array  # float32 [B, k * W], log p(prefix); -inf where there is no child, or nothing allowed below it
-    node: jax.Array  # int32 [B, k * W]
-    width: int  # W
-    last: jax.Array  # int32 [B, k], one past the last child
-    end: jax.Array  # int32 [B, k], of the beams
-
-    def take(self, trie: Trie, flat: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(node, end, parent) of the children numbered `flat` [B, n]; each [B, n]."""
-        parent = flat // self.width
-        last, parent_end = (jnp.take_along_axis(array, parent, axis=1) for array in (self.last, self.end))
-        node = jnp.take_along_axis(self.node, flat, axis=1)
-        sibling_start = trie.first_item[jnp.minimum(node + 1, len(trie.first_item) - 1)]
-        return node, jnp.where(node + 1 < last, sibling_start, parent_end), parent
+    score: jax.Array  # float32 [B, n], -inf where there are no more
+    parent: jax.Array  # int32 [B, n], the beam
+    nth: jax.Array  # int32 [B, n], which of its children
 
 
 def beam_search(
@@ -94,26 +85,8 @@ def beam_search(
         excluded_items = jnp.zeros((batch, 0), jnp.int32)
     allowed = permitted.permitted(trie, excluded_items, allowed_items)
 
-    def advance(depth, tokens, beams, finished, cache, widths):
-        """One decoder step: beams of `depth` tokens are finished where an item ends, and go on by a token."""
-        hidden, cache = decoder.step(tokens[..., None], depth, cache)
-        score_next = SCORES[scores](trie, decoder, hidden[:, :, 0])
-
-        def choose(width):
-            ended, children = _look_ahead(trie, allowed, beams, score_next, width)
-            kept = finished_sequences.best(
-                finished, ended._replace(score=ended.score / (depth + 1.0) ** length_penalty)
-            )
-            if scores == "trie":
-                children, certain = _split_forced(trie, allowed, children, top_k, length_penalty)
-                kept = finished_sequences.best(kept, certain)
-            return _go_on(trie, children, num_beams), kept
-
-        branch = jnp.where(beams.end > 0, trie.first_child[beams.node + 1] - trie.first_child[beams.node], 0)
-        rung = jnp.searchsorted(jnp.array(widths), branch.max())
-        return *jax.lax.switch(rung, [partial(choose, width) for width in widths]), cache
-
-    root = _Beams(
+    step = partial(advance, decoder, trie, allowed, num_beams=num_beams, length_penalty=length_penalty, scores=scores)
+    root = Beams(
         score=jnp.zeros((batch, 1)),
         node=jnp.zeros((batch, 1), jnp.int32),
         end=jnp.full((batch, 1), len(trie.item_of_rank), jnp.int32),
@@ -122,7 +95,7 @@ def beam_search(
     nothing = finished_sequences.none(batch, top_k)
     cache = jax.tree.map(lambda leaf: leaf[:, :, :1], cache)
     start = jnp.full((batch, 1), PAD_ID, jnp.int32)
-    beams, finished, cache = advance(jnp.int32(0), start, root, nothing, cache, [max(trie.root_branch, 1)])
+    beams, finished, cache = step(jnp.int32(0), start, root, nothing, cache, widths=[max(trie.root_branch, 1)])
     cache = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*leaf.shape[:2], num_beams, *leaf.shape[3:])), cache)
     beams = beams._replace(parent=jnp.broadcast_to(jnp.arange(num_beams), (batch, num_beams)))
 
@@ -136,12 +109,11 @@ def beam_search(
         depth, beams, finished, _ = state
         return jnp.any(may_win(depth, beams, finished) & ~trie.forced[beams.node])
 
-    widths = [*(width for width in _WIDTHS if width < trie.max_branch), max(trie.max_branch, 1)]
-
     def body(state):
         depth, beams, finished, cache = state
         cache = follow_parents(cache, beams.parent)
-        beams, finished, cache = advance(depth, trie.token[beams.node], beams, finished, cache, widths)
+        tokens = trie.token[beams.node]
+        beams, finished, cache = step(depth, tokens, beams, finished, cache, widths=widths_of(trie))
         return depth + 1, beams, finished, cache
 
     state = jax.lax.while_loop(must_choose, body, (jnp.int32(1), beams, finished, cache))
@@ -155,49 +127,84 @@ def beam_search(
     return finished_sequences.items_of(trie, allowed, finished)
 
 
-def _look_ahead(
-    trie: Trie, allowed: Permitted, beams: _Beams, score_next: ScoreNext, width: int
-) -> tuple[Finished, _Children]:
-    """What the beams may become: the sequences that end at them, with plain scores, and their children."""
+def widths_of(trie: Trie) -> list[int]:
+    """How many children of a beam `advance` looks at: the first of these that is enough for all, after the root."""
+    return [*(width for width in _WIDTHS if width < trie.max_branch), max(trie.max_branch, 1)]
+
+
+def advance(
+    decoder: Decoder,
+    trie: Trie,
+    allowed: Permitted,
+    depth: jax.Array,
+    tokens: jax.Array,
+    beams: Beams,
+    finished: Finished,
+    cache: Cache,
+    *,
+    widths: Sequence[int],
+    num_beams: int,
+    length_penalty: float,
+    scores: str,
+) -> tuple[Beams, Finished, Cache]:
+    """One decoder step: beams of `depth` tokens, `tokens` the last, are finished where an item ends, or go on.
+
+    The cache is in the beams' order before and after; `follow_parents` takes it to that of the new beams. No beam has
+    more children than the last of `widths`, which ascend. The rest is as in `beam_search`.
+    """
+    hidden, cache = decoder.step(tokens[..., None], depth, cache)
+    score_next = SCORES[scores](trie, decoder, hidden[:, :, 0])
     first, last = trie.first_child[beams.node], trie.first_child[beams.node + 1]
-    child = first[..., None] + jnp.arange(width)  # [B, k, W]
-    exist = child < last[..., None]
     children_start = trie.first_item[jnp.minimum(first, len(trie.first_item) - 1)]
     # End-of-sequence is the smallest token: what ends at a node has smaller ranks than what goes on.
-    stop = jnp.where(first < last, children_start, beams.end)
-    start = trie.first_item[beams.node]
-    token = trie.token[jnp.minimum(child, len(trie.token) - 1)]
-    child_score, end_score = score_next(token, exist, start < stop)
+    start, stop = trie.first_item[beams.node], jnp.where(first < last, children_start, beams.end)
 
-    ended = finished_sequences.of_run(allowed, beams.score + end_score, start, stop)
-    is_open = exist & permitted.open_children(trie, allowed, beams.node, beams.end, width)
-    score = jnp.where(is_open, beams.score[..., None] + child_score, -jnp.inf)
-    batch = score.shape[0]
-    return ended, _Children(score.reshape(batch, -1), child.reshape(batch, -1), width, last, beams.end)
+    def look_ahead(width: int) -> tuple[jax.Array, _Children, _Children | None]:
+        """log p(end-of-sequence) [B, k]; the best children; those whose sequence is certain, if they finish."""
+        child = first[..., None] + jnp.arange(width)  # [B, k, W]
+        exist = child < last[..., None]
+        node = jnp.minimum(child, len(trie.token) - 1)
+        child_score, end_score = score_next(trie.token[node], exist, start < stop)
+        is_open = exist & permitted.open_children(trie, allowed, beams.node, beams.end, width)
+        score = jnp.where(is_open, beams.score[..., None] + child_score, -jnp.inf)
+        if scores == "vocabulary":
+            return end_score, _best_children(score, num_beams), None
+        certain = trie.forced[node]
+        length = trie.length_of_rank[trie.first_item[node]].astype(jnp.float32)
+        done = jnp.where(certain, score / length**length_penalty, -jnp.inf)
+        going_on = _best_children(jnp.where(certain, -jnp.inf, score), num_beams)
+        return end_score, going_on, _best_children(done, finished.score.shape[1])
+
+    rung = jnp.sum(jnp.array(widths) < jnp.where(beams.end > 0, last - first, 0).max())
+    # Only what depends on the width: XLA runs nothing beside a switch.
+    end_score, children, certain = jax.lax.switch(rung, [partial(look_ahead, width) for width in widths])
+
+    end_score = (beams.score + end_score) / (depth + 1.0) ** length_penalty
+    finished = finished_sequences.best(finished, finished_sequences.of_run(allowed, end_score, start, stop))
+    if certain is not None:
+        node, end = _nodes(trie, beams, certain)
+        sequences = finished_sequences.of_run(allowed, certain.score, trie.first_item[node], end)
+        finished = finished_sequences.best(finished, sequences)
+    slots, parent = slot_order(children.parent, children.score > -jnp.inf)
+    children = jax.tree.map(lambda array: jnp.take_along_axis(array, slots, axis=1), children)
+    return Beams(children.score, *_nodes(trie, beams, children), parent), finished, cache
 
 
-def _split_forced(
-    trie: Trie, allowed: Permitted, children: _Children, count: int, length_penalty: float
-) -> tuple[_Children, Finished]:
-    """Takes the children out whose sequence is certain: (the others, the best `count` of them, finished)."""
-    is_node = jnp.minimum(children.node, len(trie.token) - 1)
-    certain = trie.forced[is_node]
-    length = trie.length_of_rank[trie.first_item[is_node]].astype(jnp.float32)
-    score = jnp.where(certain, children.score / length**length_penalty, -jnp.inf)
-    score, flat = jax.lax.top_k(score, min(count, score.shape[1]))
-    node, end, _ = children.take(trie, flat)
-    finished = finished_sequences.of_run(allowed, score, trie.first_item[jnp.minimum(node, len(trie.token) - 1)], end)
-    return children._replace(score=jnp.where(certain, -jnp.inf, children.score)), finished
+def _best_children(score: jax.Array, count: int) -> _Children:
+    """The best `count`, by scores [B, k, W]."""
+    width = score.shape[2]
+    score = score.reshape(len(score), -1)
+    best, flat = jax.lax.top_k(score, min(count, score.shape[1]))
+    spare = ((0, 0), (0, count - best.shape[1]))
+    best, flat = jnp.pad(best, spare, constant_values=-jnp.inf), jnp.pad(flat, spare)
+    return _Children(best, flat // width, flat % width)
 
 
-def _go_on(trie: Trie, children: _Children, num_beams: int) -> _Beams:
-    """The `num_beams` best children."""
-    score, flat = jax.lax.top_k(children.score, min(num_beams, children.score.shape[1]))
-    spare = ((0, 0), (0, num_beams - score.shape[1]))
-    score, flat = jnp.pad(score, spare, constant_values=-jnp.inf), jnp.pad(flat, spare)
-    node, end, parent = children.take(trie, flat)
-    alive = score > -jnp.inf
-    node, end = jnp.where(alive, node, 0), jnp.where(alive, end, 0)
-    slots, parent = slot_order(parent, alive)
-    score, node, end = (jnp.take_along_axis(array, slots, axis=1) for array in (score, node, end))
-    return _Beams(score, node, end, parent)
+def _nodes(trie: Trie, beams: Beams, children: _Children) -> tuple[jax.Array, jax.Array]:
+    """Nodes of children and one past the largest rank at or below each, [B, n]; 0 where there is no child."""
+    parent, parent_end = (jnp.take_along_axis(array, children.parent, axis=1) for array in (beams.node, beams.end))
+    node = trie.first_child[parent] + children.nth
+    sibling_start = trie.first_item[jnp.minimum(node + 1, len(trie.first_item) - 1)]
+    end = jnp.where(node + 1 < trie.first_child[parent + 1], sibling_start, parent_end)
+    there = children.score > -jnp.inf
+    return jnp.where(there, node, 0), jnp.where(there, end, 0)

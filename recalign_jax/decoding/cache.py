@@ -23,16 +23,19 @@ def slot_order(parent: jax.Array, alive: jax.Array) -> tuple[jax.Array, jax.Arra
       (which of the new beams goes to each slot, its parent), both int32 [B, K]. A living parent keeps its slot for its
       best child; the parent of a dead beam is its own slot.
     """
-    slots = jnp.arange(parent.shape[1])
-    same_parent = (parent[:, :, None] == parent[:, None, :]) & alive[:, None, :]
-    best = alive & ~jnp.any(same_parent & (slots[:, None] > slots), axis=2)
-    taken = jnp.any(best[:, :, None] & (parent[:, :, None] == slots), axis=1)
-    free = jnp.argsort(taken, axis=1)  # stable: the free slots come first, in order
-    nth_other = jnp.maximum(jnp.cumsum(~best, axis=1) - 1, 0)
-    slot = jnp.where(best, parent, jnp.take_along_axis(free, nth_other, axis=1))
-    order = jnp.argsort(slot, axis=1)
-    parent, alive = (jnp.take_along_axis(array, order, axis=1) for array in (parent, alive))
-    return order, jnp.where(alive, parent, slots)
+    return jax.vmap(_slot_order)(parent, alive)
+
+
+def _slot_order(parent: jax.Array, alive: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`slot_order` of one user, [K]; without a sort, and without comparing all with all."""
+    count = len(parent)
+    slots = jnp.arange(count)
+    best = jnp.full(count, count).at[parent].min(jnp.where(alive, slots, count))  # of each slot's children
+    stays, moves = best < count, best[parent] != slots
+    # The n-th new beam that is no best child goes to the n-th free slot.
+    moving = jnp.zeros_like(slots).at[jnp.where(moves, jnp.cumsum(moves) - 1, count)].set(slots, mode="drop")
+    order = jnp.where(stays, best, moving[jnp.cumsum(~stays) - 1])
+    return order, jnp.where(alive[order], parent[order], slots)
 
 
 def follow_parents(cache: Cache, parent: jax.Array) -> Cache:
