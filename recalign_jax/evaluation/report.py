@@ -36,8 +36,13 @@ def _as_json(estimates: dict[str, Estimate], count: int) -> dict[str, Any]:
 
 
 def logged(result: Result) -> Iterator[tuple[str, float]]:
-    """(name, value) of every metric, with the ends of its interval as `NAME_low` and `NAME_high`, and `users`."""
+    """(name, value) of a result's metrics, with the ends of intervals as `NAME_low` and `NAME_high`, and `users`.
+
+    Retrieval's hr and map are left out: with one target a user they are recall and mrr.
+    """
     for name, estimate in results.estimates(result.values).items():
+        if result.family == "retrieval" and name.startswith(("hr@", "map@")):
+            continue
         yield from ((name, estimate.value), (f"{name}_low", estimate.low), (f"{name}_high", estimate.high))
     yield from ((name, value) for name, value in result.overall.items() if not math.isnan(value))
     yield "users", len(result)

@@ -46,7 +46,8 @@ def write_best(records: Sequence[Mapping[str, Any]], metric: str | None, model_d
     if metric is None or not any(name.startswith("validation_") for name in records[-1]):
         return
     if metric not in records[-1]:
-        there = [name for name in records[-1] if name.startswith("validation_")]
+        ends = ("_low", "_high", "users")  # of intervals, and counts
+        there = [name for name in records[-1] if name.startswith("validation_") and not name.endswith(ends)]
         raise RunError(
             f"BEST_METRIC {metric!r} is not among what was evaluated: {', '.join(there)}.{did_you_mean(metric, there)}"
         )
