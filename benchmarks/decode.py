@@ -17,6 +17,7 @@ torch.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import statistics
@@ -31,12 +32,13 @@ import transformers
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from benchmarks.train_throughput import torch_model
 from recalign_jax import gin_config, partitioning
 from recalign_jax.checkpoint.initial import load_initial
 from recalign_jax.commands.common import model_config
 from recalign_jax.corpus.corpus import data_dir_or_default, load_corpus
 from recalign_jax.decoding.retrieve import make_generate, retrieve
-from recalign_jax.decoding.trie import EOS_ID, PAD_ID, build_trie
+from recalign_jax.decoding.trie import EOS_ID, build_trie
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
 from seqio_tasks import examples, samples, specs, vocabulary
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     gin_config.parse([args.model], [])
     corpus = load_corpus(args.corpus, data_dir_or_default(args.data_dir))
     spec = specs.make_spec(corpus, "retrieval", "title", vocabulary.load(args.vocabulary), specs.TaskOptions())
-    config = model_config(spec.num_tokens)
+    config = dataclasses.replace(model_config(spec.num_tokens), num_tokens=None)  # transformers masks no padding rows
     random = np.random.default_rng(0)
     users = random.choice(len(corpus.evaluation_users), args.users, replace=False)
     prompts = [samples.write_history(spec, examples.next_item(corpus, "test", int(user)), 512) for user in users]
@@ -114,26 +116,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 def write_model(config: T5Config, folder: str) -> transformers.T5ForConditionalGeneration:
     """transformers' T5 of that size with its own random weights, also written to the folder."""
     torch.manual_seed(0)
-    model = transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            vocab_size=config.vocab_size,
-            d_model=config.emb_dim,
-            d_kv=config.head_dim,
-            d_ff=config.mlp_dim,
-            num_layers=config.num_encoder_layers,
-            num_decoder_layers=config.num_decoder_layers,
-            num_heads=config.num_heads,
-            feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
-            dropout_rate=0.0,
-            decoder_start_token_id=PAD_ID,
-            eos_token_id=EOS_ID,
-            pad_token_id=PAD_ID,
-        )
-    ).eval()
-    if model.lm_head.weight is model.shared.weight:  # transformers 5 ties what it makes, whatever the config says
-        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) / config.emb_dim**0.5)
-        model.config.tie_word_embeddings = False
+    model = torch_model(config).eval()
     model.save_pretrained(folder)
     return model
 

@@ -223,6 +223,7 @@ def torch_model(config: T5Config) -> transformers.T5ForConditionalGeneration:
             num_heads=config.num_heads,
             dropout_rate=config.dropout_rate,
             feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
             decoder_start_token_id=0,
         )
     )
