@@ -4,6 +4,7 @@ Evaluation and inference are handed what this makes; they don't know what is beh
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,8 +14,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from recalign_jax.corpus.catalog import Catalog
 from recalign_jax.decoding import trie_file
-from recalign_jax.decoding.retrieve import make_generate, retrieve
+from recalign_jax.decoding.retrieve import make_generate, padded, retrieve
 from recalign_jax.decoding.scoring import SCORES
 from recalign_jax.decoding.trie import EOS_ID, PAD_ID, Trie, build_trie
 from recalign_jax.errors import InputError, did_you_mean
@@ -60,12 +62,20 @@ class DecodingOptions:
             )
 
 
-def item_trie(spec: TaskSpec, model_dir: str | None = None) -> Trie:
-    """The catalogue of a task: as a MODEL_DIR has it, if that is of the same items and popularities, or built anew."""
-    if model_dir is not None and (trie := trie_file.load(_trie_path(spec, model_dir), _trie_fingerprint(spec))):
+@functools.lru_cache(maxsize=4)
+def _item_trie(catalog: Catalog, num_tokens: int, saved: pathlib.Path | None, fingerprint: str) -> Trie:
+    if saved is not None and (trie := trie_file.load(saved, fingerprint)):
         return trie
-    catalog = spec.catalog
-    return build_trie(catalog.tokens, catalog.lengths, spec.corpus.training_popularity, spec.num_tokens)
+    return build_trie(catalog.tokens, catalog.lengths, catalog.popularity, num_tokens)
+
+
+def item_trie(spec: TaskSpec, model_dir: str | None = None) -> Trie:
+    """The catalogue of a task: as a MODEL_DIR has it, if that is of the same items and popularities, or built anew.
+
+    Tasks of one catalogue share it, on the devices too.
+    """
+    saved = None if model_dir is None else _trie_path(spec, model_dir)
+    return _item_trie(spec.catalog, spec.num_tokens, saved, _trie_fingerprint(spec))
 
 
 def save_trie(spec: TaskSpec, model_dir: str) -> None:
@@ -178,12 +188,9 @@ def _rating_trie(spec: TaskSpec) -> tuple[np.ndarray, Trie]:
     """The ratings that a corpus has, float32 [n] ascending, and the trie of how they are written."""
     assert spec.corpus.ratings is not None, "specs offers no rating task of a corpus without ratings"
     values = np.unique(spec.corpus.ratings)
-    rows = [writing.rating_tokens(spec.vocabulary, float(value)) for value in values]
-    lengths = np.asarray([len(row) + 1 for row in rows], np.int32)
-    tokens = np.full((len(rows), lengths.max()), PAD_ID, np.int32)
-    for number, row in enumerate(rows):
-        tokens[number, : len(row)] = row
-        tokens[number, len(row)] = EOS_ID
+    rows = [np.append(writing.rating_tokens(spec.vocabulary, float(value)), EOS_ID) for value in values]
+    lengths = np.asarray([len(row) for row in rows])
+    tokens = padded(rows, len(rows), int(lengths.max()), fill=PAD_ID)
     return values, build_trie(tokens, lengths, np.zeros(len(rows)), spec.num_tokens)
 
 

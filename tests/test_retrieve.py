@@ -78,7 +78,7 @@ def test_ranking_equals_exhaustive_likelihood(spec, model):
 
 
 def test_a_saved_catalogue_is_used_if_it_is_that_of_the_task(spec, tmp_path, monkeypatch):
-    built = recommender.item_trie(spec, str(tmp_path))
+    built = recommender.item_trie(spec)
     recommender.save_trie(spec, str(tmp_path))
     calls = []
     monkeypatch.setattr(recommender, "build_trie", lambda *arguments: calls.append(arguments))
@@ -90,4 +90,6 @@ def test_a_saved_catalogue_is_used_if_it_is_that_of_the_task(spec, tmp_path, mon
     # Items that came later: another corpus, so another trie.
     extended = dataclasses.replace(spec, catalog=dataclasses.replace(spec.catalog, fingerprint="another"))
     recommender.item_trie(extended, str(tmp_path))
+    assert len(calls) == 1
+    recommender.item_trie(dataclasses.replace(spec, family="ranking"), str(tmp_path))
     assert len(calls) == 1

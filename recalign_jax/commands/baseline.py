@@ -6,7 +6,7 @@ from typing import Any
 
 from recalign_jax.baselines import popularity
 from recalign_jax.corpus.corpus import load_corpus
-from recalign_jax.evaluation import ranking, report, retrieval
+from recalign_jax.evaluation import ranking, report, results, retrieval
 from recalign_jax.evaluation.results import EvaluationOptions, Result
 
 METHODS = ("popularity",)
@@ -15,7 +15,7 @@ METHODS = ("popularity",)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpus", required=True, metavar="NAME")
     parser.add_argument("--method", required=True, choices=METHODS)
-    parser.add_argument("--split", default="test", choices=("validation", "test"))
+    parser.add_argument("--split", default="test", choices=results.SPLITS)
     parser.add_argument("--max_users", type=int, help="evaluate only so many users")
     parser.add_argument("--output_dir", metavar="DIR", help="for metrics.json and Parquet files with a row a user")
 

@@ -88,9 +88,9 @@ def retrieve(
     allowed_width = _bucket(max((len(items) for items in allowed or []), default=0))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        tokens = _padded([prompts[i] for i in chosen], batch_size, _bucket(len(prompts[chosen[-1]])), fill=0)
-        without = _padded([excluded[i] for i in chosen], batch_size, width, fill=-1)
-        only = None if allowed is None else _padded([allowed[i] for i in chosen], batch_size, allowed_width, fill=-1)
+        tokens = padded([prompts[i] for i in chosen], batch_size, _bucket(len(prompts[chosen[-1]])), fill=0)
+        without = padded([excluded[i] for i in chosen], batch_size, width, fill=-1)
+        only = None if allowed is None else padded([allowed[i] for i in chosen], batch_size, allowed_width, fill=-1)
         tokens, without, only = jax.device_put((tokens, without, only), sharding)
         result = generate(params, tokens, without, only, trie)
         # Of several processes each computes some users and learns of the others'.
@@ -105,7 +105,8 @@ def _bucket(length: int) -> int:
     return -(-length // BUCKETS[-1]) * BUCKETS[-1]
 
 
-def _padded(rows: Sequence[np.ndarray], count: int, width: int, fill: int) -> np.ndarray:
+def padded(rows: Sequence[np.ndarray], count: int, width: int, fill: int) -> np.ndarray:
+    """The rows [n] of [l], filled up to int32 [count, width]."""
     out = np.full((count, width), fill, np.int32)
     for number, row in enumerate(rows):
         out[number, : len(row)] = row
