@@ -20,7 +20,7 @@ from recalign_jax import terminal
 from recalign_jax.checkpoint import saved
 from recalign_jax.checkpoint.fingerprints import fingerprints
 from recalign_jax.checkpoint.saved import DIRECTORY, DamagedCheckpoint
-from recalign_jax.errors import RunError
+from recalign_jax.errors import InputError, RunError
 
 DAMAGED = "damaged_checkpoints"
 
@@ -126,6 +126,37 @@ def restore_newest(
             "Start anew with another MODEL_DIR."
         )
     return None
+
+
+def check_identity(
+    metadata: dict[str, Any], identity: dict[str, Any], model_dir: str, resume_changed: bool | None = None
+) -> None:
+    """Holds the run that a checkpoint is of against the one that would go on with it.
+
+    Args:
+      metadata: of the checkpoint.
+      identity: of the run.
+      model_dir: where it is, for the message.
+      resume_changed: True warns only; None where the run has no such choice.
+
+    Raises:
+      InputError: says what differs.
+    """
+    saved_one = metadata["identity"]
+    changed = [
+        f"  {name}: {saved_one.get(name, 'nothing')} then, {identity.get(name, 'nothing')} now"
+        for name in sorted(saved_one.keys() | identity.keys())
+        if saved_one.get(name) != identity.get(name)
+    ]
+    if not changed:
+        return
+    what = f"{model_dir} holds a run of another configuration"
+    if resume_changed:
+        terminal.warn(f"{what}, as RESUME_CHANGED allows:\n" + "\n".join(changed))
+        return
+    choices = "Change it back, give another MODEL_DIR"
+    choices += "." if resume_changed is None else ", or go on all the same with --gin.RESUME_CHANGED=True."
+    raise InputError(f"{what}; it can't be resumed with this one:\n" + "\n".join(changed) + f"\n{choices}")
 
 
 class _Best(policies.PreservationPolicy):

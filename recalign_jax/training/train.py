@@ -154,7 +154,12 @@ def train(
     model_dir = pathlib.Path(options.model_dir)
     model_dir.mkdir(parents=True, exist_ok=True)
     records = log.read(options.model_dir)
-    check = functools.partial(_check_identity, identity=identity, options=options)
+    check = functools.partial(
+        checkpointing.check_identity,
+        identity=identity,
+        model_dir=options.model_dir,
+        resume_changed=options.resume_changed,
+    )
     if _is_finished(options, records, check):
         terminal.say(f"{options.model_dir} is trained to step {records[-1]['step']} already.")
         return _result(records[-1], options)
@@ -306,26 +311,6 @@ def _evaluate(
     for evaluator in evaluators:
         values.update(evaluator(params))
     return values
-
-
-def _check_identity(metadata: dict[str, Any], identity: dict[str, Any], options: TrainOptions) -> None:
-    saved_one = metadata["identity"]
-    changed = [
-        f"  {name}: {saved_one.get(name, 'nothing')} then, {identity.get(name, 'nothing')} now"
-        for name in sorted(saved_one.keys() | identity.keys())
-        if saved_one.get(name) != identity.get(name)
-    ]
-    if not changed:
-        return
-    what = f"{options.model_dir} holds a run of another configuration"
-    if options.resume_changed:
-        terminal.warn(f"{what}, as RESUME_CHANGED allows:\n" + "\n".join(changed))
-        return
-    raise InputError(
-        f"{what}; it can't be resumed with this one:\n"
-        + "\n".join(changed)
-        + "\nChange it back, give another MODEL_DIR, or go on all the same with --gin.RESUME_CHANGED=True."
-    )
 
 
 def _result(record: dict[str, Any], options: TrainOptions) -> dict[str, Any]:
