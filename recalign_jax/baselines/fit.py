@@ -1,0 +1,165 @@
+"""The train loop of the baselines: epochs, evaluated on the validation split, until none was better for a while."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from recalign_jax import metrics, terminal
+from recalign_jax.baselines import scores
+from recalign_jax.baselines.scores import Scores
+from recalign_jax.checkpoint import saved
+from recalign_jax.checkpoint import training as checkpointing
+from recalign_jax.corpus.corpus import Corpus
+from recalign_jax.errors import InputError, RunError
+from recalign_jax.evaluation import retrieval
+from recalign_jax.evaluation.results import EvaluationOptions
+from recalign_jax.training import log, steering
+
+Params = Any
+Batch = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class FitOptions:
+    """How a baseline is trained: by AdamW (Loshchilov and Hutter 2019), without decay Adam, at a constant rate.
+
+    Attributes:
+      learning_rate: of all steps.
+      weight_decay: of all parameters, times the learning rate.
+      epochs: at most so many.
+      eval_period: epochs between two evaluations on the validation split; the last one is always evaluated.
+      patience: after so many evaluations without a better one the training ends.
+    """
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    epochs: int = 200
+    eval_period: int = 1
+    patience: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "eval_period", "patience"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{type(self).__name__}.{name} is {getattr(self, name)}: must be at least 1.")
+
+
+class Run(NamedTuple):
+    """Where a training goes, and what makes it this one."""
+
+    model_dir: str
+    seed: int
+    identity: dict[str, Any]  # what must not change when it is resumed; JSON
+
+
+class Problem(NamedTuple):
+    """What is trained. All that is random comes from what these are handed, so that a resumed run repeats nothing."""
+
+    init: Callable[[jax.Array], Params]  # of a key
+    loss: Callable[[Params, Batch, jax.Array], tuple[jax.Array, jax.Array]]  # of a batch: sum, and number of summands
+    batches: Callable[[int], Iterable[Batch]]  # of an epoch, from 1; all of one shape
+    validate: Callable[[Params], dict[str, float]]  # metrics by names that begin with `validation_`
+    metric: str  # the one of these that chooses the epoch
+
+
+def fit(problem: Problem, options: FitOptions, run: Run) -> Params:
+    """Trains, from the newest whole checkpoint in `run.model_dir` if there is one.
+
+    The directory is that of `recalign train`, with epochs for steps: `metrics.jsonl`, `checkpoints/`, `best.json`.
+
+    Args:
+      problem: what is trained.
+      options: how.
+      run: where to, and as which run.
+
+    Returns:
+      The parameters of the epoch that was best on the validation split.
+
+    Raises:
+      InputError: when the checkpoint there belongs to another run.
+      RunError: when a loss is no finite number, or a checkpoint can't be written.
+    """
+    optimizer = optax.adamw(options.learning_rate, weight_decay=options.weight_decay)
+
+    def initialize(key: jax.Array) -> tuple[Params, Any]:
+        params = problem.init(key)
+        return params, optimizer.init(params)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: tuple[Params, Any], batch: Batch, key: jax.Array, number: int) -> tuple[Any, jax.Array]:
+        def mean(params: Params) -> tuple[jax.Array, jax.Array]:
+            total, count = problem.loss(params, batch, jax.random.fold_in(key, number))
+            return total / jnp.maximum(count, 1), jnp.stack([total, count])
+
+        params, optimizer_state = state
+        gradients, sums = jax.grad(mean, has_aux=True)(params)
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+        return (optax.apply_updates(params, updates), optimizer_state), sums
+
+    # ---------------------------------------------------------------- the newest checkpoint, or a new run
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    key = jax.random.key(run.seed)
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), jax.eval_shape(initialize, key)
+    )
+    checkpoints = checkpointing.open_checkpoints(run.model_dir, keep=1)
+    check = partial(checkpointing.check_identity, identity=run.identity, model_dir=run.model_dir)
+    with contextlib.closing(checkpoints):
+        found = checkpointing.restore_newest(checkpoints, shapes[0], shapes[1], check)
+        epoch, records = (found.step, found.metadata["records"]) if found else (0, [])
+        state = (found.params, found.optimizer) if found else jax.jit(initialize)(key)
+        if found:
+            terminal.say(f"Resuming {run.model_dir} after epoch {epoch}.")
+
+        # ------------------------------------------------------------ the loop
+        with (
+            contextlib.closing(log.RunLog(run.model_dir, records)) as run_log,
+            terminal.progress("train", options.epochs, "epochs", done=epoch) as advance,
+        ):
+            while epoch < options.epochs and not steering.ends(run_log.records, problem.metric, options.patience):
+                epoch += 1
+                of_epoch = jax.random.fold_in(key, epoch)
+                parts = []
+                for number, batch in enumerate(problem.batches(epoch)):
+                    state, part = step(state, batch, of_epoch, number)
+                    parts.append(part)
+                total, count = np.asarray(jax.device_get(parts), np.float64).sum(axis=0)
+                loss = float(total / count)
+                if not np.isfinite(loss):
+                    name = type(options).__name__
+                    raise RunError(f"The loss of epoch {epoch} is {loss}: try a smaller {name}.learning_rate.")
+                if epoch % options.eval_period and epoch != options.epochs:
+                    advance()
+                    continue
+                record = {"loss": loss} | problem.validate(state[0])
+                run_log.write(epoch, record)
+                steering.write_best(run_log.records, problem.metric, run.model_dir)
+                # A copy of the records: they are written while the next epoch runs.
+                metadata = {"identity": run.identity, "records": list(run_log.records)}
+                checkpointing.save(checkpoints, epoch, state[0], state[1], metadata)
+                advance(note=f"loss {loss:.4f}, {problem.metric} {record[problem.metric]:.4f}")
+        checkpointing.finish(checkpoints)
+    params, best = saved.load_params(f"{run.model_dir}/{saved.BEST}", shapes[0])
+    terminal.say(f"Trained for {epoch} epochs; the best by {problem.metric} is {best}.")
+    return params
+
+
+def ranking_validation(corpus: Corpus, of_params: Callable[[Params], Scores]) -> Callable[[Params], dict[str, float]]:
+    """Parameters -> recall and NDCG @10 on the validation split, all items ranked, without those of the history."""
+    queries = retrieval.evaluation_queries(corpus, "validation", EvaluationOptions())
+    targets = np.asarray([query.target for query in queries], np.int32)
+    excluded = [query.history for query in queries]
+
+    def validate(params: Params) -> dict[str, float]:
+        parts = list(scores.recommender(of_params(params), corpus.num_items)(queries, excluded))
+        chosen, items = (np.concatenate([part[place] for part in parts]) for place in (0, 1))
+        values = metrics.retrieval_values(items, targets[chosen], (10,))
+        return {f"validation_{name}": float(np.mean(values[name])) for name in ("recall@10", "ndcg@10")}
+
+    return validate
