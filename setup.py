@@ -50,6 +50,7 @@ setuptools.setup(
         "rich>=13",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
+        "scipy>=1.13",
         "seqio>=0.0.20",
         "tensorboardX>=2.6",
         "tensorflow>=2.21,<2.22",

@@ -22,7 +22,7 @@ COMMANDS = {
     "eval": "evaluate a checkpoint",
     "infer": "batch inference: the best items for every user",
     "convert": "between checkpoint formats",
-    "baseline": "evaluate a conventional baseline",
+    "baseline": "train and evaluate a conventional recommender",
     "plan": "compile the train step for a TPU topology that isn't there",
     "doctor": "check devices, mesh, memory, a step, a checkpoint",
 }

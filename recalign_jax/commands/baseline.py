@@ -1,35 +1,114 @@
-"""`recalign baseline`: a conventional recommender under the same protocol."""
+"""`recalign baseline`: trains a conventional recommender, and evaluates it under the same protocol."""
 
 import argparse
-from collections.abc import Iterator
-from typing import Any
+import contextlib
+import dataclasses
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
-from recalign_jax.baselines import popularity
-from recalign_jax.corpus.corpus import load_corpus
-from recalign_jax.evaluation import ranking, report, results, retrieval
+import gin
+
+from recalign_jax.baselines import bprmf, itemknn, mf, popularity, sasrec, scores
+from recalign_jax.baselines.fit import FitOptions, Run
+from recalign_jax.checkpoint import saved
+from recalign_jax.corpus.corpus import Corpus, load_corpus
+from recalign_jax.errors import InputError
+from recalign_jax.evaluation import ranking, rating, report, results, retrieval
 from recalign_jax.evaluation.results import EvaluationOptions, Result
+from recalign_jax.files import atomic_file
 
-METHODS = ("popularity",)
+USES_GIN = True
+
+# How long and how patiently may change when a training is resumed.
+MAY_CHANGE = ("epochs", "patience")
+
+
+class Method(NamedTuple):
+    """A baseline: what gin sets, what makes it of corpus, options and run, and what it can be evaluated on."""
+
+    options: type
+    make: Callable[..., Any]
+    families: tuple[str, ...] = ("retrieval", "ranking")
+
+
+METHODS = {
+    "popularity": Method(popularity.PopularityOptions, popularity.make),
+    "itemknn": Method(itemknn.ItemKnnOptions, itemknn.make),
+    "bprmf": Method(bprmf.BprMfOptions, bprmf.make),
+    "mf": Method(mf.MfOptions, mf.make, ("rating", "rating_random")),
+    "sasrec": Method(sasrec.SasrecOptions, sasrec.make),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    families = sorted({family for method in METHODS.values() for family in method.families})
     parser.add_argument("--corpus", required=True, metavar="NAME")
     parser.add_argument("--method", required=True, choices=METHODS)
+    parser.add_argument("--family", choices=families, help="evaluate only this (default: retrieval and ranking; of mf, "
+                        "rating; rating_random is the random 8:1:1 split)")  # fmt: skip
     parser.add_argument("--split", default="test", choices=results.SPLITS)
     parser.add_argument("--max_users", type=int, help="evaluate only so many users")
+    parser.add_argument("--seed", type=int, default=0, help="of a method that is trained (default 0)")
+    parser.add_argument("--model_dir", metavar="DIR", help="for the log and checkpoints of a method that is trained; "
+                        "the same command goes on there. Without it nothing is kept")  # fmt: skip
     parser.add_argument("--output_dir", metavar="DIR", help="for metrics.json and Parquet files with a row a user")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Evaluates the baseline, and prints tables."""
+    """Trains the baseline if it is one that is trained, evaluates it, and prints tables."""
+    method = METHODS[args.method]
+    families = [args.family] if args.family else [family for family in method.families if family != "rating_random"]
+    if families[0] not in method.families:
+        raise InputError(f"{args.method} doesn't answer {families[0]}; it answers {' and '.join(method.families)}.")
     corpus = load_corpus(args.corpus, args.data_dir)
-    options = EvaluationOptions(max_users=args.max_users)
-    queries = retrieval.evaluation_queries(corpus, args.split, options)
+    evaluation = dataclasses.replace(EvaluationOptions(), max_users=args.max_users)
+    told = {"method": args.method, "split": args.split}
+    if issubclass(method.options, FitOptions):
+        answers, of_training = _trained(args, method, corpus, families[0])
+        told |= of_training
+    elif args.model_dir:
+        raise InputError(f"--model_dir: {args.method} is counted, not trained; nothing would stand there.")
+    else:
+        answers = method.make(corpus, method.options())
 
     def found() -> Iterator[tuple[str, Result]]:
-        what = f"{corpus.name}, {args.split} split, {args.method}"
-        yield f"retrieval, {what}", retrieval.evaluate(corpus, popularity.recommender(corpus), queries, options)
-        candidates = ranking.candidates(corpus, args.split, queries)
-        yield f"ranking, {what}", ranking.evaluate(corpus, popularity.scorer(corpus), queries, candidates)
+        for family in families:
+            title = f"{family}, {corpus.name}, {args.split} split, {args.method}"
+            yield title, evaluate(corpus, family, answers, args.split, evaluation)
 
-    return report.publish(found(), corpus, {"split": args.split}, args.output_dir)
+    return report.publish(found(), corpus, told, args.output_dir)
+
+
+def _trained(args: argparse.Namespace, method: Method, corpus: Corpus, family: str) -> tuple[Any, dict[str, Any]]:
+    """What `method.make` gives, and what to tell of its training."""
+    options = method.options()
+    identity = {"method": args.method, "seed": args.seed, f"corpus {corpus.name}": corpus.fingerprint}
+    for name, value in dataclasses.asdict(options).items():
+        if name not in MAY_CHANGE:
+            identity[f"{method.options.__name__}.{name}"] = value
+    rated = family in ("rating", "rating_random")
+    if rated:
+        identity["family"] = family
+    with contextlib.ExitStack() as stack:
+        model_dir = args.model_dir or stack.enter_context(tempfile.TemporaryDirectory())
+        start = time.monotonic()
+        answers = method.make(corpus, options, Run(model_dir, args.seed, identity), *([family] if rated else []))
+        seconds = time.monotonic() - start
+        with atomic_file(pathlib.Path(model_dir) / "config.gin") as aside:
+            aside.write_text(gin.operative_config_str(), encoding="utf-8")
+        told = {"seed": args.seed, "best": saved.read_best(model_dir), "training_seconds": round(seconds, 1)}
+    return answers, told | ({"model_dir": args.model_dir} if args.model_dir else {})
+
+
+def evaluate(corpus: Corpus, family: str, answers: Any, split: str, options: EvaluationOptions) -> Result:
+    """Evaluates a baseline, Scores or PredictRatings, as the family asks."""
+    if family in ("rating", "rating_random"):
+        return rating.evaluate(corpus, answers, rating.evaluation_queries(corpus, split, family, options))
+    queries = retrieval.evaluation_queries(corpus, split, options)
+    if family == "retrieval":
+        return retrieval.evaluate(corpus, scores.recommender(answers, corpus.num_items), queries, options)
+    candidates = ranking.candidates(corpus, split, queries)
+    return ranking.evaluate(corpus, scores.scorer(answers, corpus.num_items), queries, candidates)

@@ -64,7 +64,8 @@ def eval_command(
             yield f"{spec.name}, {split} split, step {model.step}", result
 
     told = report.publish(found(), tasks[0].corpus, {"step": model.step, "split": split}, output_dir)
-    terminal.say(f"Next to it: recalign baseline --corpus {tasks[0].corpus.name} --method popularity")
+    method = "sasrec" if {"retrieval", "ranking"} & told.keys() else "mf"
+    terminal.say(f"Next to it: recalign baseline --corpus {tasks[0].corpus.name} --method {method}")
     return told
 
 
