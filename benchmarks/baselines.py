@@ -1,0 +1,135 @@
+"""The baselines of docs/baselines.md: every row trained with three seeds, and read on the test split once.
+
+    python benchmarks/baselines.py --data_dir DIR --output DIR [--rows NAME ...]
+
+DATA_DIR holds the corpora `amazon_beauty`, `amazon_toys`, and the same with `_shuffled` (prepared from the sets with
+real timestamps by `--tie_break shuffle`), and `movielens`; a row whose corpus isn't there is left out. Each run is one
+`recalign baseline`, which is printed and keeps its results in OUTPUT/ROW/SEED; what is there already isn't run again,
+so the queue can be stopped at any time. Prints a Markdown table of means and standard deviations over the seeds, and
+last one JSON line with `rows`, each with its `runs`, `mean` and `deviation`.
+"""
+
+import argparse
+import json
+import pathlib
+import shlex
+import statistics
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SEEDS = (0, 1, 2)
+RETRIEVAL = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "recall@10_unfiltered", "ndcg@10_unfiltered")
+RANKING = ("hr@1", "hr@5", "hr@10", "ndcg@10")
+RATING = ("rmse", "mae")
+
+
+class Row(NamedTuple):
+    """One row of the tables."""
+
+    name: str
+    corpus: str
+    method: str
+    arguments: tuple[str, ...] = ()
+    trained: bool = True
+
+    @property
+    def gin_file(self) -> str:
+        return f"gin_configs/experiments/baselines_{self.corpus.removesuffix('_shuffled')}.gin"
+
+
+def rows() -> list[Row]:
+    """All rows, the quick ones first."""
+    found = []
+    for corpus in ("amazon_beauty", "amazon_toys", "amazon_beauty_shuffled", "amazon_toys_shuffled", "movielens"):
+        found += [
+            Row("popularity", corpus, "popularity", trained=False),
+            Row("itemknn", corpus, "itemknn", trained=False),
+        ]
+        found += [Row("bprmf", corpus, "bprmf"), Row("sasrec", corpus, "sasrec")]
+        if not corpus.endswith("_shuffled"):
+            for loss in ("sampled_softmax", "bce"):
+                found.append(Row(f"sasrec_{loss}", corpus, "sasrec", (f"--gin.SasrecOptions.loss={loss}",)))
+    newest = ("--gin.PopularityOptions.newest=0.1",)
+    found.append(Row("popularity_newest", "movielens", "popularity", newest, trained=False))
+    for family in ("rating", "rating_random"):
+        found.append(Row(f"mf_{family}", "movielens", "mf", ("--family", family)))
+        biases = ("--family", family, "--gin.MfOptions.factors=0")
+        found.append(Row(f"mf_{family}_biases", "movielens", "mf", biases))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--output", required=True, type=pathlib.Path)
+    parser.add_argument("--rows", nargs="+", help="only these, as sasrec, or amazon_beauty/sasrec")
+    parser.add_argument("--split", default="test", choices=("validation", "test"))
+    args = parser.parse_args()
+    table = []
+    for row in rows():
+        name = f"{row.corpus}/{row.name}"
+        if args.rows and not {row.name, name} & set(args.rows):
+            continue
+        if not (pathlib.Path(args.data_dir) / row.corpus / "corpus.json").is_file():
+            print(f"No corpus {row.corpus}: {name} is left out.", file=sys.stderr)
+            continue
+        runs = [run(row, seed, args) for seed in (SEEDS if row.trained else SEEDS[:1])]
+        table.append({"corpus": row.corpus, "row": row.name} | summary(runs))
+    for corpus in dict.fromkeys(row["corpus"] for row in table):
+        print_table(corpus, [row for row in table if row["corpus"] == corpus])
+    print(json.dumps({"split": args.split, "rows": table}))
+
+
+def run(row: Row, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """What `recalign baseline` says, from its file if it was run before."""
+    folder = args.output / row.corpus / row.name / str(seed)
+    result = folder / "metrics.json"
+    if not result.is_file():
+        command = ["recalign", "baseline", "--data_dir", args.data_dir, "--corpus", row.corpus, "--method", row.method]
+        command += ["--gin_file", row.gin_file, *row.arguments, "--split", args.split, "--output_dir", str(folder)]
+        if row.trained:
+            command += ["--seed", str(seed), "--model_dir", str(folder / "model")]
+        print(shlex.join(command), file=sys.stderr, flush=True)
+        program = [sys.executable, "-m", "recalign_jax.cli", *command[1:]]
+        subprocess.run(program, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return json.loads(result.read_text(encoding="utf-8"))
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation of every figure over the seeds."""
+    figures: dict[str, list[float]] = {}
+    for found in runs:
+        for family, names in (("retrieval", RETRIEVAL), ("ranking", RANKING), ("rating", RATING)):
+            for name in names if family in found else ():
+                figures.setdefault(f"{family} {name}", []).append(found[family][name])
+        if "best" in found:
+            figures.setdefault("epoch", []).append(found["best"]["step"])
+            figures.setdefault("training_seconds", []).append(found["training_seconds"])
+    return {
+        "runs": len(runs),
+        "mean": {name: statistics.fmean(values) for name, values in figures.items()},
+        "deviation": {name: statistics.stdev(values) if len(values) > 1 else 0.0 for name, values in figures.items()},
+    }
+
+
+def print_table(corpus: str, table: list[dict[str, Any]]) -> None:
+    """Markdown: a row a method, a column a figure that one of them has."""
+    names = list(dict.fromkeys(name for row in table for name in row["mean"]))
+    print(f"\n{corpus}\n\n| | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
+    for row in table:
+        print(f"| {row['row']} | {' | '.join(cell(row, name) for name in names)} |")
+
+
+def cell(row: dict[str, Any], name: str) -> str:
+    """Mean, and deviation where there are several runs."""
+    if name not in row["mean"]:
+        return ""
+    digits = 0 if name in ("epoch", "training_seconds") else 4
+    mean, deviation = (f"{row[part][name]:.{digits}f}" for part in ("mean", "deviation"))
+    return mean if row["runs"] == 1 or not digits else f"{mean} ± {deviation}"
+
+
+if __name__ == "__main__":
+    main()
