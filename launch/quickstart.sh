@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a recommender on real data: sets up .venv, then prepares MovieLens-100K, trains a vocabulary and
-# a small T5 on retrieval + MIM + MLM, evaluates it next to popularity, and writes recommendations.
+# a small T5 on retrieval + MIM + MLM, evaluates it next to popularity and SASRec, and writes recommendations.
 #   ./launch/quickstart.sh [RUN_DIR]     (default: quickstart_run; a second call goes on where the first stopped)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -33,6 +33,8 @@ recalign eval --gin_file gin_configs/models/t5_tiny.gin --gin_file gin_configs/r
   --gin.TASK_NAME=movielens_retrieval_token --gin.VOCABULARY="$vocabulary" \
   --gin.CHECKPOINT_PATH="$run/model" --json | tail -n 1 > "$run/eval.json"
 recalign baseline --corpus movielens --method popularity --json | tail -n 1 > "$run/popularity.json"
+recalign baseline --corpus movielens --method sasrec --gin_file gin_configs/experiments/baselines_movielens.gin \
+  --model_dir "$run/sasrec" --json | tail -n 1 > "$run/sasrec.json"
 
 say "5/6 top-10 recommendations"
 recalign infer --gin_file gin_configs/models/t5_tiny.gin --gin_file gin_configs/runs/infer.gin \
@@ -40,5 +42,5 @@ recalign infer --gin_file gin_configs/models/t5_tiny.gin --gin_file gin_configs/
   --gin.CHECKPOINT_PATH="$run/model" --gin.OUTPUT_DIR="$run/recommendations"
 
 say "6/6 what came out"
-python launch/compare.py "$run/eval.json" "$run/popularity.json" "$run/recommendations/recommendations.jsonl"
+python launch/compare.py "$run/eval.json" "$run/recommendations/recommendations.jsonl" "$run/popularity.json" "$run/sasrec.json"
 printf '\nDone in %d s after installation. The model is in %s/model. Next: README.md, "On your own data".\n' $((SECONDS - start)) "$run"

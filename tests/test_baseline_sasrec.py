@@ -1,10 +1,8 @@
-"""SASRec: losses against plain formulas, the encoder against torch, packed rows against single users, resuming."""
+"""SASRec: losses against plain formulas, the encoder against torch, packed rows against single users."""
 
 import dataclasses
 import functools
-import json
 import pathlib
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +12,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recalign_jax.baselines import fit, losses, sasrec, sequences
+from recalign_jax.baselines import losses, sasrec, sequences
 from recalign_jax.baselines.fit import Run
 from recalign_jax.baselines.sasrec import Sasrec, SasrecOptions
 from recalign_jax.baselines.scores import recommender
@@ -234,43 +232,6 @@ def test_the_items_of_a_long_history_are_the_newest(chains, tmp_path):
 def hashes_of(model_dir: pathlib.Path) -> dict[str, str]:
     newest = saved.folder_of(str(model_dir), saved.steps(str(model_dir))[0])
     return saved.read_metadata(newest)["fingerprints"]
-
-
-def test_a_resumed_run_is_the_uninterrupted_one(chains, tmp_path, capsys):
-    whole, parts, killed = tmp_path / "whole", tmp_path / "parts", tmp_path / "killed"
-    identity = {"seed": 0}
-    scores = sasrec.make(chains, SMALL, Run(str(whole), 0, identity))
-    sasrec.make(chains, dataclasses.replace(SMALL, epochs=2), Run(str(parts), 0, identity))
-    # Killed after the evaluation of an epoch, before its checkpoint: the log is ahead.
-    shutil.copytree(parts, killed)
-    records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    with (killed / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(records[2]) + "\n" + '{"step": 4, "lo')
-    saved.write_best(str(killed), {"step": 3, "metric": "validation_ndcg@10", "value": 1.0})
-    for folder in (parts, killed):
-        again = sasrec.make(chains, SMALL, Run(str(folder), 0, identity))
-        assert f"Resuming {folder} after epoch 2." in capsys.readouterr().out
-        assert hashes_of(folder) == hashes_of(whole)
-        for name in ("metrics.jsonl", "best.json"):
-            assert (folder / name).read_text() == (whole / name).read_text()
-        queries = [examples.next_item(chains, "test", 0)]
-        np.testing.assert_array_equal(again(queries), scores(queries))
-    with pytest.raises(InputError, match="seed: 0 then, 1 now"):
-        sasrec.make(chains, SMALL, Run(str(whole), 1, {"seed": 1}))
-
-
-def test_training_ends_when_nothing_gets_better(chains, tmp_path, monkeypatch):
-    values = iter([0.1, 0.3, 0.2, 0.25, 0.9])
-    problem_of = fit.fit
-
-    def with_values(problem, options, run):
-        validate = lambda params: {"validation_ndcg@10": next(values)}  # noqa: E731
-        return problem_of(problem._replace(validate=validate), options, run)
-
-    monkeypatch.setattr(sasrec, "fit", with_values)
-    sasrec.make(chains, dataclasses.replace(SMALL, epochs=9, patience=2), Run(str(tmp_path), 0, {}))
-    assert saved.read_best(str(tmp_path)) == {"step": 2, "metric": "validation_ndcg@10", "value": 0.3}
-    assert saved.steps(str(tmp_path)) == [4, 2]  # the newest, and the best
 
 
 def test_held_out_items_are_not_looked_at(chains, tmp_path):

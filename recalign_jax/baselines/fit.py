@@ -36,6 +36,8 @@ class FitOptions:
       epochs: at most so many.
       eval_period: epochs between two evaluations on the validation split; the last one is always evaluated.
       patience: after so many evaluations without a better one the training ends.
+      averaging: what is evaluated and kept is a moving average of the parameters after every step, in which a step
+        weighs 1/e of one that is so many epochs newer (after Polyak and Juditsky 1992); 0 for the last parameters.
     """
 
     learning_rate: float = 1e-3
@@ -43,11 +45,14 @@ class FitOptions:
     epochs: int = 200
     eval_period: int = 1
     patience: int = 10
+    averaging: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "eval_period", "patience"):
             if getattr(self, name) < 1:
                 raise InputError(f"{type(self).__name__}.{name} is {getattr(self, name)}: must be at least 1.")
+        if not self.averaging >= 0:
+            raise InputError(f"{type(self).__name__}.averaging is {self.averaging}: must not be negative.")
 
 
 class Run(NamedTuple):
@@ -56,6 +61,14 @@ class Run(NamedTuple):
     model_dir: str
     seed: int
     identity: dict[str, Any]  # what must not change when it is resumed; JSON
+
+
+class State(NamedTuple):
+    """What a checkpoint holds: the average as its parameters, the rest as state of the optimizer."""
+
+    average: Params
+    params: Params
+    optimizer: Any
 
 
 class Problem(NamedTuple):
@@ -87,20 +100,21 @@ def fit(problem: Problem, options: FitOptions, run: Run) -> Params:
     """
     optimizer = optax.adamw(options.learning_rate, weight_decay=options.weight_decay)
 
-    def initialize(key: jax.Array) -> tuple[Params, Any]:
+    def initialize(key: jax.Array) -> State:
         params = problem.init(key)
-        return params, optimizer.init(params)
+        return State(jax.tree.map(jnp.copy, params), params, optimizer.init(params))
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state: tuple[Params, Any], batch: Batch, key: jax.Array, number: int) -> tuple[Any, jax.Array]:
+    def step(state: State, batch: Batch, key: jax.Array, number: int, share: float) -> tuple[State, jax.Array]:
         def mean(params: Params) -> tuple[jax.Array, jax.Array]:
             total, count = problem.loss(params, batch, jax.random.fold_in(key, number))
             return total / jnp.maximum(count, 1), jnp.stack([total, count])
 
-        params, optimizer_state = state
-        gradients, sums = jax.grad(mean, has_aux=True)(params)
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
-        return (optax.apply_updates(params, updates), optimizer_state), sums
+        gradients, sums = jax.grad(mean, has_aux=True)(state.params)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = optax.incremental_update(params, state.average, share)
+        return State(average, params, optimizer_state), sums
 
     # ---------------------------------------------------------------- the newest checkpoint, or a new run
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -111,11 +125,12 @@ def fit(problem: Problem, options: FitOptions, run: Run) -> Params:
     checkpoints = checkpointing.open_checkpoints(run.model_dir, keep=1)
     check = partial(checkpointing.check_identity, identity=run.identity, model_dir=run.model_dir)
     with contextlib.closing(checkpoints):
-        found = checkpointing.restore_newest(checkpoints, shapes[0], shapes[1], check)
-        epoch, records = (found.step, found.metadata["records"]) if found else (0, [])
-        state = (found.params, found.optimizer) if found else jax.jit(initialize)(key)
+        found = checkpointing.restore_newest(checkpoints, shapes.average, shapes[1:], check)
         if found:
+            epoch, records, state = found.step, found.metadata["records"], State(found.params, *found.optimizer)
             terminal.say(f"Resuming {run.model_dir} after epoch {epoch}.")
+        else:
+            epoch, records, state = 0, [], jax.jit(initialize)(key)
 
         # ------------------------------------------------------------ the loop
         with (
@@ -125,9 +140,10 @@ def fit(problem: Problem, options: FitOptions, run: Run) -> Params:
             while epoch < options.epochs and not steering.ends(run_log.records, problem.metric, options.patience):
                 epoch += 1
                 of_epoch = jax.random.fold_in(key, epoch)
-                parts = []
-                for number, batch in enumerate(problem.batches(epoch)):
-                    state, part = step(state, batch, of_epoch, number)
+                batches, parts = list(problem.batches(epoch)), []
+                share = -np.expm1(-1 / (options.averaging * len(batches))) if options.averaging else 1.0
+                for number, batch in enumerate(batches):
+                    state, part = step(state, batch, of_epoch, number, share)
                     parts.append(part)
                 total, count = np.asarray(jax.device_get(parts), np.float64).sum(axis=0)
                 loss = float(total / count)
@@ -137,15 +153,15 @@ def fit(problem: Problem, options: FitOptions, run: Run) -> Params:
                 if epoch % options.eval_period and epoch != options.epochs:
                     advance()
                     continue
-                record = {"loss": loss} | problem.validate(state[0])
+                record = {"loss": loss} | problem.validate(state.average)
                 run_log.write(epoch, record)
                 steering.write_best(run_log.records, problem.metric, run.model_dir)
                 # A copy of the records: they are written while the next epoch runs.
                 metadata = {"identity": run.identity, "records": list(run_log.records)}
-                checkpointing.save(checkpoints, epoch, state[0], state[1], metadata)
+                checkpointing.save(checkpoints, epoch, state.average, state[1:], metadata)
                 advance(note=f"loss {loss:.4f}, {problem.metric} {record[problem.metric]:.4f}")
         checkpointing.finish(checkpoints)
-    params, best = saved.load_params(f"{run.model_dir}/{saved.BEST}", shapes[0])
+    params, best = saved.load_params(f"{run.model_dir}/{saved.BEST}", shapes.average)
     terminal.say(f"Trained for {epoch} epochs; the best by {problem.metric} is {best}.")
     return params
 

@@ -42,6 +42,7 @@ class SasrecOptions(FitOptions):
     epochs: int = 60
     eval_period: int = 2
     patience: int = 3
+    averaging: float = 2.5
     width: int = 64
     layers: int = 2
     heads: int = 2

@@ -64,7 +64,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if families[0] not in method.families:
         raise InputError(f"{args.method} doesn't answer {families[0]}; it answers {' and '.join(method.families)}.")
     corpus = load_corpus(args.corpus, args.data_dir)
-    evaluation = dataclasses.replace(EvaluationOptions(), max_users=args.max_users)
+    evaluation = EvaluationOptions()
+    if args.max_users is not None:
+        evaluation = dataclasses.replace(evaluation, max_users=args.max_users)
     told = {"method": args.method, "split": args.split}
     if issubclass(method.options, FitOptions):
         answers, of_training = _trained(args, method, corpus, families[0])

@@ -1,0 +1,125 @@
+"""The baselines' train loop on a problem of three numbers: resuming, early stopping, averaging, and what goes wrong."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from recalign_jax.baselines.fit import FitOptions, Problem, Run, fit
+from recalign_jax.checkpoint import saved
+from recalign_jax.errors import InputError, RunError
+
+STEPS = 5
+OPTIONS = FitOptions(learning_rate=0.1, epochs=6, averaging=0.5)
+IDENTITY = {"seed": 0}
+
+
+def batches(epoch):
+    random = np.random.default_rng(epoch)
+    for _ in range(STEPS):
+        yield {"x": random.normal(size=(4, 3)).astype(np.float32)}
+
+
+def loss(params, batch, key):
+    """Squares around what a batch holds, and something that only the key knows."""
+    noise = jax.random.normal(key, (4, 3))
+    return ((params["w"] - batch["x"] - noise) ** 2).sum(), np.float32(4)
+
+
+def problem(validate=lambda params: {"validation_ndcg@10": -float((params["w"] ** 2).sum())}):
+    return Problem(lambda key: {"w": jax.random.normal(key, (3,))}, loss, batches, validate, "validation_ndcg@10")
+
+
+def hashes_of(model_dir):
+    """Of parameters, their average and the optimizer's state in the newest checkpoint."""
+    return saved.read_metadata(saved.folder_of(str(model_dir), saved.steps(str(model_dir))[0]))["fingerprints"]
+
+
+@pytest.mark.parametrize("eval_period", [1, 2])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, capsys, eval_period):
+    options = FitOptions(learning_rate=0.1, epochs=6, averaging=0.5, eval_period=eval_period)
+    whole, parts, killed = tmp_path / "whole", tmp_path / "parts", tmp_path / "killed"
+    params = fit(problem(), options, Run(str(whole), 0, IDENTITY))
+    # A run that is killed in its fifth epoch, by the third or fourth evaluation.
+    with pytest.raises(KeyboardInterrupt):
+        fit(problem()._replace(batches=interrupted), options, Run(str(parts), 0, IDENTITY))
+    # And one that is killed between an evaluation and its checkpoint: the log and best.json are ahead.
+    shutil.copytree(parts, killed)
+    lines = (whole / "metrics.jsonl").read_text().splitlines()
+    (killed / "metrics.jsonl").write_text("\n".join(lines[: 4 // eval_period + 1]) + '\n{"step": 6, "lo')
+    saved.write_best(str(killed), {"step": 6, "metric": "validation_ndcg@10", "value": 9.0})
+    for folder in (parts, killed):
+        again = fit(problem(), options, Run(str(folder), 0, IDENTITY))
+        assert f"Resuming {folder} after epoch 4." in capsys.readouterr().out
+        np.testing.assert_array_equal(again["w"], params["w"])
+        assert hashes_of(folder) == hashes_of(whole)
+        for name in ("metrics.jsonl", "best.json"):
+            assert (folder / name).read_text() == (whole / name).read_text()
+
+
+def interrupted(epoch):
+    if epoch == 5:
+        raise KeyboardInterrupt
+    yield from batches(epoch)
+
+
+def test_what_is_kept_is_the_average_of_the_best_epoch(tmp_path):
+    """Every step done again by hand."""
+    best = fit(problem(), OPTIONS, Run(str(tmp_path), 3, IDENTITY))
+    optimizer = optax.adamw(0.1, weight_decay=0.0)
+    key = jax.random.key(3)
+    params = problem().init(key)
+    average, state, found = np.asarray(params["w"], np.float64), optimizer.init(params), []
+    weight = np.exp(-1 / (OPTIONS.averaging * STEPS))
+    for epoch in range(1, OPTIONS.epochs + 1):
+        for number, batch in enumerate(batches(epoch)):
+            drawn = jax.random.fold_in(jax.random.fold_in(key, epoch), number)
+            gradients = jax.grad(lambda p, b=batch, k=drawn: loss(p, b, k)[0] / 4)(params)
+            updates, state = optimizer.update(gradients, state, params)
+            params = optax.apply_updates(params, updates)
+            average = weight * average + (1 - weight) * np.asarray(params["w"], np.float64)
+        found.append(average)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    values = [-float((average**2).sum()) for average in found]
+    np.testing.assert_allclose([record["validation_ndcg@10"] for record in records], values, rtol=1e-4)
+    np.testing.assert_allclose(best["w"], found[int(np.argmax(values))], rtol=1e-4)
+    assert saved.read_best(str(tmp_path))["step"] == int(np.argmax(values)) + 1
+
+
+def test_training_ends_when_nothing_gets_better(tmp_path):
+    values = iter([0.1, 0.3, 0.2, 0.25, 0.9])
+    options = FitOptions(epochs=9, patience=2)
+    fit(problem(lambda params: {"validation_ndcg@10": next(values)}), options, Run(str(tmp_path), 0, IDENTITY))
+    assert saved.read_best(str(tmp_path)) == {"step": 2, "metric": "validation_ndcg@10", "value": 0.3}
+    assert saved.steps(str(tmp_path)) == [4, 2]  # the newest, and the best
+    # With more patience the same run goes on.
+    more = FitOptions(epochs=9, patience=3)
+    fit(problem(lambda params: {"validation_ndcg@10": 0.0}), more, Run(str(tmp_path), 0, IDENTITY))
+    assert saved.steps(str(tmp_path)) == [5, 2]
+
+
+def test_another_run_is_refused(tmp_path):
+    fit(problem(), OPTIONS, Run(str(tmp_path), 0, IDENTITY))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=r"(?s)another configuration.*seed: 0 then, 1 now.*give another MODEL_DIR\."):
+        fit(problem(), OPTIONS, Run(str(tmp_path), 1, {"seed": 1}))
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+    broken = problem()._replace(loss=lambda params, batch, key: (params["w"].sum() * np.inf, np.float32(1)))
+    with pytest.raises(RunError, match=r"The loss of epoch 1 is (nan|-?inf): try a smaller FitOptions.learning_rate\."):
+        fit(broken, OPTIONS, Run(str(tmp_path), 0, IDENTITY))
+    assert saved.steps(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [({"epochs": 0}, "FitOptions.epochs is 0"), ({"averaging": -1.0}, "FitOptions.averaging is -1.0")],
+)
+def test_wrong_options(values, text):
+    with pytest.raises(InputError, match=text):
+        FitOptions(**values)
