@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from recalign_jax.commands import prepare
 from recalign_jax.corpus.corpus import Corpus, load_corpus
 from tests.shared_data import shared
@@ -52,3 +54,29 @@ def write_tables(
     (folder / "interactions.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
     return folder
+
+
+def corpus_in_memory(
+    sequences: Sequence[Sequence[int]],
+    num_items: int,
+    ratings: Sequence[Sequence[float]] | None = None,
+    timestamps: Sequence[Sequence[int]] | None = None,
+) -> Corpus:
+    """A corpus without files; its timestamps are the places of the interactions unless they are given."""
+    lengths = [len(sequence) for sequence in sequences]
+    return Corpus(
+        name="small",
+        directory=pathlib.Path(),
+        metadata={},
+        fingerprint="",
+        num_items=num_items,
+        user_offsets=np.cumsum([0, *lengths]),
+        items=np.concatenate(sequences).astype(np.int32),
+        timestamps=np.concatenate(timestamps or [np.arange(length) for length in lengths]),
+        ratings=None if ratings is None else np.concatenate(ratings).astype(np.float32),
+    )
+
+
+def training_part(sequence: Sequence[int]) -> Sequence[int]:
+    """Leave-one-out, said another way: all but the last two of three or more."""
+    return sequence[:-2] if len(sequence) >= 3 else sequence

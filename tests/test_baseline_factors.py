@@ -1,7 +1,6 @@
 """BPR-MF and biased MF: losses against sums by hand, draws against sets, ratings against scikit-learn's ridge."""
 
 import dataclasses
-import pathlib
 from unittest import mock
 
 import jax
@@ -17,34 +16,14 @@ from recalign_jax.baselines.bprmf import BprMfOptions
 from recalign_jax.baselines.fit import Run
 from recalign_jax.baselines.mf import MfOptions
 from recalign_jax.checkpoint import saved
-from recalign_jax.corpus.corpus import Corpus
 from recalign_jax.errors import InputError
 from recalign_jax.evaluation import rating
 from recalign_jax.evaluation.results import EvaluationOptions
 from seqio_tasks import examples
 from seqio_tasks.examples import Query, RatedQuery
+from tests.corpora import corpus_in_memory, training_part
 
 FAMILIES = ("rating", "rating_random")
-
-
-def corpus_of(sequences, num_items, ratings=None):
-    """A corpus in memory."""
-    lengths = [len(sequence) for sequence in sequences]
-    return Corpus(
-        name="small",
-        directory=pathlib.Path(),
-        metadata={},
-        fingerprint="",
-        num_items=num_items,
-        user_offsets=np.cumsum([0, *lengths]),
-        items=np.concatenate(sequences).astype(np.int32),
-        timestamps=np.concatenate([np.arange(length) for length in lengths]),
-        ratings=None if ratings is None else np.concatenate(ratings).astype(np.float32),
-    )
-
-
-def training_part(sequence):
-    return sequence[:-2] if len(sequence) >= 3 else sequence
 
 
 def asked(user, item, split_rating=0.0):
@@ -99,7 +78,7 @@ SEQUENCES = st.lists(st.lists(st.integers(0, ITEMS - 1), min_size=1, max_size=12
 
 @given(SEQUENCES)
 def test_pairs_are_those_of_the_training_parts_that_have_a_negative(sequences):
-    pairs = bprmf.training_pairs(corpus_of(sequences, ITEMS))
+    pairs = bprmf.training_pairs(corpus_in_memory(sequences, ITEMS))
     parts = [set(training_part(sequence)) for sequence in sequences]
     expected = [user * ITEMS + item for user, part in enumerate(parts) if len(part) < ITEMS for item in sorted(part)]
     assert pairs.tolist() == expected
@@ -108,7 +87,7 @@ def test_pairs_are_those_of_the_training_parts_that_have_a_negative(sequences):
 @given(SEQUENCES)
 def test_negatives_are_uniform_over_what_is_not_in_the_training_part(sequences):
     """A uniform number below n becomes one of the n items that are left, each number another one."""
-    pairs = bprmf.training_pairs(corpus_of(sequences, ITEMS))
+    pairs = bprmf.training_pairs(corpus_in_memory(sequences, ITEMS))
     left = [ITEMS - len(set(training_part(sequences[pair // ITEMS]))) for pair in pairs]
     random = mock.Mock()
     found = []
@@ -124,7 +103,7 @@ def test_negatives_are_uniform_over_what_is_not_in_the_training_part(sequences):
 
 def test_drawn_negatives_are_uniform_and_held_out_items_among_them():
     sequences = [[3, 1, 4, 9, 5], [2, 6, 5, 3, 7, 8, 0]]  # 9 and 5, 8 and 0 are held out
-    pairs = bprmf.training_pairs(corpus_of(sequences, 10))
+    pairs = bprmf.training_pairs(corpus_in_memory(sequences, 10))
     random = np.random.default_rng(0)
     drawn = np.stack([bprmf.draw_negatives(pairs, 10, random) for _ in range(5000)])
     for user, allowed in enumerate([[0, 2, 5, 6, 7, 8, 9], [0, 1, 4, 8, 9]]):
@@ -176,7 +155,7 @@ def block_corpus(change_held_out=False):
         own = random.permutation(IN_BLOCK)[:7] + IN_BLOCK * (user % BLOCKS)
         held_out = random.permutation(IN_BLOCK)[:2] + IN_BLOCK * ((user + 1) % BLOCKS)
         sequences.append(np.append(own[:5], held_out) if change_held_out else own)
-    return corpus_of(sequences, BLOCKS * IN_BLOCK)
+    return corpus_in_memory(sequences, BLOCKS * IN_BLOCK)
 
 
 BPR = BprMfOptions(width=8, batch=64, learning_rate=0.02, epochs=30, eval_period=30)
@@ -203,7 +182,7 @@ def test_bpr_mf_says_that_it_has_no_vectors_for_other_users(tmp_path):
 
 
 def test_bpr_mf_wants_something_to_train_on(tmp_path):
-    corpus = corpus_of([[0, 1, 2, 2, 1]], 3)
+    corpus = corpus_in_memory([[0, 1, 2, 2, 1]], 3)
     with pytest.raises(InputError, match="no user with an item to train on"):
         bprmf.make(corpus, BPR, Run(str(tmp_path), 0, {}))
 
@@ -216,7 +195,7 @@ def rated_corpus(change=lambda ratings: ratings):
     random = np.random.default_rng(1)
     sequences = [random.permutation(30)[:12] for _ in range(60)]
     ratings = change(random.integers(1, 6, (60, 12)).astype(np.float32).ravel())
-    return corpus_of(sequences, 30, [ratings])
+    return corpus_in_memory(sequences, 30, [ratings])
 
 
 MF = MfOptions(factors=4, batch=100, learning_rate=0.01, epochs=4, eval_period=2)
@@ -324,7 +303,7 @@ def test_factors_find_a_low_rank_matrix_that_biases_miss(tmp_path):
     random = np.random.default_rng(0)
     true = 3 + random.normal(0, 1, (80, 2)) @ random.normal(0, 1, (2, 40))
     sequences = [random.permutation(40)[:30] for _ in range(80)]
-    corpus = corpus_of(sequences, 40, [true[user, items] for user, items in enumerate(sequences)])
+    corpus = corpus_in_memory(sequences, 40, [true[user, items] for user, items in enumerate(sequences)])
     rmse = []
     for factors in (0, 4):
         options = MfOptions(factors=factors, batch=256, l2=0.01, learning_rate=0.02, epochs=40, eval_period=40)
@@ -340,7 +319,7 @@ def test_mf_falls_back_on_what_it_knows(tmp_path):
     """Item 3 occurs held out only; no user -1 is known; users and items in training have biases and vectors."""
     sequences = [[0, 1, 2, 3, 3], [1, 2, 0, 1, 3], [2, 0, 1, 3, 0]]
     ratings = [[1, 2, 2, 4, 4], [2, 4, 4, 5, 5], [2, 2, 1, 5, 5]]
-    corpus = corpus_of(sequences, 5, ratings)
+    corpus = corpus_in_memory(sequences, 5, ratings)
     options = MfOptions(factors=3, l2=0.01, learning_rate=0.05, epochs=20, eval_period=20)
     predict = mf.make(corpus, options, Run(str(tmp_path), 0, {}), "rating")
     params = {
@@ -360,7 +339,7 @@ def test_the_expected_rating_is_clipped_and_the_most_likely_one_occurs_in_traini
     sequences = [[0, 1, 2, 3, 0]] * 3
     ratings = [[1, 1, 4, 5, 5], [1, 4, 4, 5, 5], [2, 3.5, 4, 5, 5]]
     options = MfOptions(factors=0, l2=0.0, learning_rate=0.05, epochs=100, eval_period=100)
-    predict = mf.make(corpus_of(sequences, 4, ratings), options, Run(str(tmp_path), 0, {}), "rating")
+    predict = mf.make(corpus_in_memory(sequences, 4, ratings), options, Run(str(tmp_path), 0, {}), "rating")
     expected, likely = predicted(predict, [asked(user, item) for user in range(3) for item in range(4)])
     assert expected.min() == 1
     assert expected.max() == 4

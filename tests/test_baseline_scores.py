@@ -1,7 +1,7 @@
 """Popularity, item-kNN, and what lists and candidates are made of scores: against counting, sorting, scikit-learn."""
 
+import functools
 import math
-import pathlib
 from collections import Counter
 from unittest import mock
 
@@ -14,10 +14,10 @@ from sklearn.metrics.pairwise import cosine_similarity
 from recalign_jax.baselines import itemknn, popularity, scores
 from recalign_jax.baselines.itemknn import ItemKnnOptions
 from recalign_jax.baselines.popularity import PopularityOptions
-from recalign_jax.corpus.corpus import Corpus
 from recalign_jax.errors import InputError
 from recalign_jax.evaluation import results
 from seqio_tasks.examples import Query
+from tests.corpora import corpus_in_memory, training_part
 
 ITEMS = 9
 ITEM = st.integers(0, ITEMS - 1)
@@ -27,24 +27,7 @@ OPTIONS = st.builds(
 )
 
 
-def corpus_of(sequences, timestamps=None, num_items=ITEMS):
-    """A corpus in memory; its timestamps are the places of the interactions unless they are given."""
-    lengths = [len(sequence) for sequence in sequences]
-    return Corpus(
-        name="small",
-        directory=pathlib.Path(),
-        metadata={},
-        fingerprint="",
-        num_items=num_items,
-        user_offsets=np.cumsum([0, *lengths]),
-        items=np.concatenate(sequences).astype(np.int32),
-        timestamps=np.concatenate(timestamps or [np.arange(length) for length in lengths]),
-        ratings=None,
-    )
-
-
-def training_part(sequence):
-    return sequence[:-2] if len(sequence) >= 3 else sequence
+corpus_of = functools.partial(corpus_in_memory, num_items=ITEMS)
 
 
 def query(history, user=-1):
@@ -57,7 +40,7 @@ def query(history, user=-1):
 @given(st.data(), SEQUENCES, st.integers(1, 20))
 def test_popularity_counts_the_newest_interactions_in_training(data, sequences, twentieths):
     times = [sorted(data.draw(st.lists(st.integers(0, 9), min_size=len(s), max_size=len(s)))) for s in sequences]
-    found = popularity.counts(corpus_of(sequences, times), PopularityOptions(newest=twentieths / 20))
+    found = popularity.counts(corpus_of(sequences, timestamps=times), PopularityOptions(newest=twentieths / 20))
     timed = zip(sequences, times, strict=True)
     pairs = [pair for s, t in timed for pair in zip(training_part(t), training_part(s), strict=True)]
     pairs.sort(reverse=True)
@@ -80,11 +63,11 @@ def test_places_for_timestamps_are_warned_of_where_they_matter(capfd):
     sequences = [[0, 1, 2, 3], [2, 1, 0]]
     times = [[7, 7, 8, 9], [1, 2, 8]]
     popularity.counts(corpus_of(sequences), PopularityOptions())
-    popularity.counts(corpus_of(sequences, times), PopularityOptions(newest=0.5))
+    popularity.counts(corpus_of(sequences, timestamps=times), PopularityOptions(newest=0.5))
     assert capfd.readouterr().err == ""
     for first in (0, 1):
         places = [np.arange(len(sequence)) + first for sequence in sequences]
-        popularity.counts(corpus_of(sequences, places), PopularityOptions(newest=0.5))
+        popularity.counts(corpus_of(sequences, timestamps=places), PopularityOptions(newest=0.5))
         assert "warning: The timestamps of small are" in capfd.readouterr().err
 
 
@@ -163,7 +146,7 @@ def test_item_knn_answers_from_the_history_alone():
 def test_what_is_held_out_changes_nothing(sequences, data):
     def tables(sequences):
         # Times that tell users apart, so that "newest" means something.
-        corpus = corpus_of(sequences, [np.arange(len(s)) * (user + 2) for user, s in enumerate(sequences)])
+        corpus = corpus_of(sequences, timestamps=[np.arange(len(s)) * (user + 2) for user, s in enumerate(sequences)])
         similarities = itemknn.similarities(corpus, ItemKnnOptions()).toarray()
         answer = itemknn.make(corpus, ItemKnnOptions())([query([0])])
         counts = popularity.counts(corpus, PopularityOptions(newest=0.5))
