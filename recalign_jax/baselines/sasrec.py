@@ -38,7 +38,7 @@ class SasrecOptions(FitOptions):
       negatives: of `sampled_softmax`, a batch.
     """
 
-    learning_rate: float = 0.003
+    learning_rate: float = 0.004
     epochs: int = 60
     eval_period: int = 2
     patience: int = 3
@@ -46,9 +46,9 @@ class SasrecOptions(FitOptions):
     width: int = 64
     layers: int = 2
     heads: int = 2
-    dropout: float = 0.5
+    dropout: float = 0.4
     length: int = 50
-    rows: int = 10
+    rows: int = 20
     loss: str = "full_softmax"
     negatives: int = 2048
 
