@@ -20,7 +20,7 @@ from recalign_jax.checkpoint import saved
 from recalign_jax.errors import InputError
 from seqio_tasks import examples
 from seqio_tasks.examples import Query
-from tests.corpora import prepared, write_tables
+from tests.corpora import corpus_in_memory, prepared, write_tables
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -244,6 +244,12 @@ def test_held_out_items_are_not_looked_at(chains, tmp_path):
     for number, corpus in enumerate((chains, other)):
         sasrec.make(corpus, once, Run(str(tmp_path / str(number)), 0, {}))
     assert hashes_of(tmp_path / "0") == hashes_of(tmp_path / "1")
+
+
+def test_a_corpus_without_a_next_item(tmp_path):
+    corpus = corpus_in_memory([[0, 1, 2], [1], [2, 0, 1]], 3)  # one item each to train on
+    with pytest.raises(InputError, match="small has no user with two items to train on"):
+        sasrec.make(corpus, SMALL, Run(str(tmp_path), 0, {}))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from recalign_jax.baselines.fit import FitOptions, Problem, Run, fit, ranking_va
 from recalign_jax.baselines.scores import Scores, newest
 from recalign_jax.corpus.corpus import Corpus
 from recalign_jax.errors import InputError, did_you_mean
+from seqio_tasks import examples
 
 # Standard deviation of the first vectors of items and places.
 INITIAL = 0.02
@@ -120,7 +121,12 @@ class Sasrec(nnx.Module):
 
 
 def make(corpus: Corpus, options: SasrecOptions, run: Run) -> Scores:
-    """Trains it, on every pair of an item and the next one in the training parts."""
+    """Trains it, on every pair of an item and the next one in the training parts.
+
+    Raises InputError when there is none; and as `fit`.
+    """
+    if not len(examples.window_users(corpus)):
+        raise InputError(f"Corpus {corpus.name} has no user with two items to train on: no item has a next one.")
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Sasrec(corpus.num_items, options, nnx.Rngs(0))))
 
     def loss(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
