@@ -51,7 +51,7 @@ def rows() -> list[Row]:
         if not corpus.endswith("_shuffled"):
             for loss in ("sampled_softmax", "bce"):
                 found.append(Row(f"sasrec_{loss}", corpus, "sasrec", (f"--gin.SasrecOptions.loss={loss}",)))
-    newest = ("--gin.PopularityOptions.newest=0.1",)
+    newest = ("--gin.PopularityOptions.newest=0.5",)
     found.append(Row("popularity_newest", "movielens", "popularity", newest, trained=False))
     for family in ("rating", "rating_random"):
         found.append(Row(f"mf_{family}", "movielens", "mf", ("--family", family)))
