@@ -4,9 +4,10 @@
 
 DATA_DIR holds the corpora `amazon_beauty`, `amazon_toys`, and the same with `_shuffled` (prepared from the sets with
 real timestamps by `--tie_break shuffle`), and `movielens`; a row whose corpus isn't there is left out. Each run is one
-`recalign baseline`, which is printed and keeps its results in OUTPUT/ROW/SEED; what is there already isn't run again,
-so the queue can be stopped at any time. Prints a Markdown table of means and standard deviations over the seeds, and
-last one JSON line with `rows`, each with its `runs`, `mean` and `deviation`.
+`recalign baseline`, which is printed and keeps its results in OUTPUT/SPLIT/CORPUS/ROW/SEED; what is there already isn't
+run again, so the queue can be stopped at any time (of a training that was interrupted, `training_seconds` are only the
+last part's). Prints a Markdown table of means and standard deviations over the seeds, and last one JSON line with
+`rows`, each with its `runs`, `mean` and `deviation`.
 """
 
 import argparse
@@ -67,6 +68,11 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", help="only these, as sasrec, or amazon_beauty/sasrec")
     parser.add_argument("--split", default="test", choices=("validation", "test"))
     args = parser.parse_args()
+    # The runs have another working directory.
+    args.data_dir, args.output = str(pathlib.Path(args.data_dir).resolve()), args.output.resolve() / args.split
+    known = {name for row in rows() for name in (row.name, f"{row.corpus}/{row.name}")}
+    if unknown := set(args.rows or ()) - known:
+        parser.error(f"no rows {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
     table = []
     for row in rows():
         name = f"{row.corpus}/{row.name}"

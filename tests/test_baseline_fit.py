@@ -80,7 +80,8 @@ def test_what_is_kept_is_the_average_of_the_best_epoch(tmp_path):
             gradients = jax.grad(lambda p, b=batch, k=drawn: loss(p, b, k)[0] / 4)(params)
             updates, state = optimizer.update(gradients, state, params)
             params = optax.apply_updates(params, updates)
-            average = weight * average + (1 - weight) * np.asarray(params["w"], np.float64)
+            share = max(1 - weight, 1 / ((epoch - 1) * STEPS + number + 1))
+            average = (1 - share) * average + share * np.asarray(params["w"], np.float64)
         found.append(average)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     values = [-float((average**2).sum()) for average in found]
@@ -111,14 +112,20 @@ def test_another_run_is_refused(tmp_path):
 
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
     broken = problem()._replace(loss=lambda params, batch, key: (params["w"].sum() * np.inf, np.float32(1)))
-    with pytest.raises(RunError, match=r"The loss of epoch 1 is (nan|-?inf): try a smaller FitOptions.learning_rate\."):
+    with pytest.raises(
+        RunError, match=r"The loss of epoch 1 is (nan|-?inf): try a smaller FitOptions.learning_rate, and another"
+    ):
         fit(broken, OPTIONS, Run(str(tmp_path), 0, IDENTITY))
     assert saved.steps(str(tmp_path)) == []
 
 
 @pytest.mark.parametrize(
     ("values", "text"),
-    [({"epochs": 0}, "FitOptions.epochs is 0"), ({"averaging": -1.0}, "FitOptions.averaging is -1.0")],
+    [
+        ({"epochs": 0}, "FitOptions.epochs is 0"),
+        ({"averaging": -1.0}, "FitOptions.averaging is -1.0"),
+        ({"learning_rate": 0.0}, "FitOptions.learning_rate is 0.0"),
+    ],
 )
 def test_wrong_options(values, text):
     with pytest.raises(InputError, match=text):

@@ -252,12 +252,19 @@ def test_a_corpus_without_a_next_item(tmp_path):
         sasrec.make(corpus, SMALL, Run(str(tmp_path), 0, {}))
 
 
+def test_a_corpus_without_an_item_to_tell_a_target_from(tmp_path):
+    corpus = corpus_in_memory([[0, 1, 2, 0, 1], [2, 1, 0, 2, 0]], 3)
+    with pytest.raises(InputError, match="nothing to train on"):
+        sasrec.make(corpus, dataclasses.replace(SMALL, loss="bce"), Run(str(tmp_path), 0, {}))
+
+
 @pytest.mark.parametrize(
     ("values", "text"),
     [
         ({"loss": "full_softmx"}, "SasrecOptions.loss is 'full_softmx'.*Did you mean 'full_softmax'"),
         ({"width": 9}, "SasrecOptions.width 9 is no multiple of 2 heads"),
         ({"epochs": 0}, "SasrecOptions.epochs is 0"),
+        ({"rows": 0}, "SasrecOptions.rows is 0"),
         ({"dropout": 1.0}, "SasrecOptions.dropout is 1.0"),
     ],
 )

@@ -37,7 +37,8 @@ class FitOptions:
       eval_period: epochs between two evaluations on the validation split; the last one is always evaluated.
       patience: after so many evaluations without a better one the training ends.
       averaging: what is evaluated and kept is a moving average of the parameters after every step, in which a step
-        weighs 1/e of one that is so many epochs newer (after Polyak and Juditsky 1992); 0 for the last parameters.
+        weighs 1/e of one that is so many epochs newer, and at first all weigh the same (after Polyak and Juditsky
+        1992); 0 for the last parameters.
     """
 
     learning_rate: float = 1e-3
@@ -51,8 +52,11 @@ class FitOptions:
         for name in ("epochs", "eval_period", "patience"):
             if getattr(self, name) < 1:
                 raise InputError(f"{type(self).__name__}.{name} is {getattr(self, name)}: must be at least 1.")
-        if not self.averaging >= 0:
-            raise InputError(f"{type(self).__name__}.averaging is {self.averaging}: must not be negative.")
+        for name in ("averaging", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{type(self).__name__}.{name} is {getattr(self, name)}: must not be negative.")
+        if not self.learning_rate > 0:
+            raise InputError(f"{type(self).__name__}.learning_rate is {self.learning_rate}: must be above 0.")
 
 
 class Run(NamedTuple):
@@ -143,13 +147,16 @@ def fit(problem: Problem, options: FitOptions, run: Run) -> Params:
                 batches, parts = list(problem.batches(epoch)), []
                 share = -np.expm1(-1 / (options.averaging * len(batches))) if options.averaging else 1.0
                 for number, batch in enumerate(batches):
-                    state, part = step(state, batch, of_epoch, number, share)
+                    so_far = (epoch - 1) * len(batches) + number
+                    state, part = step(state, batch, of_epoch, number, max(share, 1 / (so_far + 1)))
                     parts.append(part)
                 total, count = np.asarray(jax.device_get(parts), np.float64).sum(axis=0)
+                if not count:
+                    raise InputError("There is nothing to train on: no user has an item to be told from others.")
                 loss = float(total / count)
                 if not np.isfinite(loss):
-                    name = type(options).__name__
-                    raise RunError(f"The loss of epoch {epoch} is {loss}: try a smaller {name}.learning_rate.")
+                    rate = f"{type(options).__name__}.learning_rate"
+                    raise RunError(f"The loss of epoch {epoch} is {loss}: try a smaller {rate}, and another model_dir.")
                 if epoch % options.eval_period and epoch != options.epochs:
                     advance()
                     continue
@@ -168,7 +175,8 @@ def fit(problem: Problem, options: FitOptions, run: Run) -> Params:
 
 def ranking_validation(corpus: Corpus, of_params: Callable[[Params], Scores]) -> Callable[[Params], dict[str, float]]:
     """Parameters -> recall and NDCG @10 on the validation split, all items ranked, without those of the history."""
-    queries = retrieval.evaluation_queries(corpus, "validation", EvaluationOptions())
+    # All users, whatever is set for the evaluation that follows: the epoch that is chosen belongs to the run.
+    queries = retrieval.evaluation_queries(corpus, "validation", EvaluationOptions(max_users=None))
     targets = np.asarray([query.target for query in queries], np.int32)
     excluded = [query.history for query in queries]
 

@@ -91,7 +91,7 @@ def make(corpus: Corpus, options: MfOptions, run: Run, family: str) -> PredictRa
         )
         return np.clip(mean + np.asarray(deviations(params, users, items)), values[0], values[-1])
 
-    queries = rating.evaluation_queries(corpus, "validation", family, EvaluationOptions())
+    queries = rating.evaluation_queries(corpus, "validation", family, EvaluationOptions(max_users=None))
     held_out = np.asarray([query.rating for query in queries], np.float32)
 
     def validate(params: Any) -> dict[str, float]:

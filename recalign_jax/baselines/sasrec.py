@@ -59,6 +59,9 @@ class SasrecOptions(FitOptions):
             raise InputError(
                 f"SasrecOptions.loss is {self.loss!r}, not one of {', '.join(LOSSES)}.{did_you_mean(self.loss, LOSSES)}"
             )
+        for name in ("width", "layers", "heads", "length", "rows", "negatives"):
+            if getattr(self, name) < 1:
+                raise InputError(f"SasrecOptions.{name} is {getattr(self, name)}: must be at least 1.")
         if not 0 <= self.dropout < 1:
             raise InputError(f"SasrecOptions.dropout is {self.dropout}: give a share from 0 to below 1.")
         if self.width % self.heads:
@@ -173,7 +176,7 @@ def make(corpus: Corpus, options: SasrecOptions, run: Run) -> Scores:
 
 
 def met(negatives: jax.Array, batch: Any) -> jax.Array:
-    """Which negatives [B, L] the user of their place has: bool [B, L]."""
+    """Which negatives [B, L] stand in the piece of a sequence that their place is of: bool [B, L]."""
     same = batch["segments"][:, :, None] == batch["segments"][:, None, :]  # [B, L, L]
     found = [negatives[:, :, None] == batch[name][:, None, :] for name in ("items", "targets")]
     return jnp.any(same & (found[0] | found[1]), axis=2)

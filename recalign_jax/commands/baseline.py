@@ -46,10 +46,12 @@ METHODS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     families = sorted({family for method in METHODS.values() for family in method.families})
     parser.add_argument("--corpus", required=True, metavar="NAME")
-    parser.add_argument("--method", required=True, choices=METHODS)
+    parser.add_argument("--method", required=True, choices=METHODS, help="options by gin: " + ", ".join(
+                        f"{method.options.__name__} of {name}" for name, method in METHODS.items()) +
+                        "; settings for some corpora are in gin_configs/experiments/baselines_*.gin")  # fmt: skip
     parser.add_argument("--family", choices=families, help="evaluate only this (default: retrieval and ranking; of mf, "
                         "rating; rating_random is the random 8:1:1 split)")  # fmt: skip
-    parser.add_argument("--split", default="test", choices=results.SPLITS)
+    parser.add_argument("--split", default="test", choices=results.SPLITS, help="to evaluate on (default test)")
     parser.add_argument("--max_users", type=int, help="evaluate only so many users")
     parser.add_argument("--seed", type=int, default=0, help="of a method that is trained (default 0)")
     parser.add_argument("--model_dir", metavar="DIR", help="for the log and checkpoints of a method that is trained; "
@@ -94,6 +96,8 @@ def _trained(args: argparse.Namespace, method: Method, corpus: Corpus, family: s
     rated = family in ("rating", "rating_random")
     if rated:
         identity["family"] = family
+    if args.seed < 0:
+        raise InputError(f"--seed is {args.seed}: must not be negative.")
     with contextlib.ExitStack() as stack:
         model_dir = args.model_dir or stack.enter_context(tempfile.TemporaryDirectory())
         start = time.monotonic()
