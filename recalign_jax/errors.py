@@ -39,3 +39,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns ` Did you mean 'x'?` for the known name nearest to `name`, or an empty string."""
     nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def check_choice(name: str, value: str, known: Iterable[str]) -> None:
+    """Raises InputError when the value of a setting is none of those known."""
+    known = list(known)
+    if value not in known:
+        raise InputError(f"{name} is {value!r}, not one of {', '.join(known)}.{did_you_mean(value, known)}")

@@ -19,7 +19,7 @@ from recalign_jax.decoding import trie_file
 from recalign_jax.decoding.retrieve import make_generate, padded, retrieve
 from recalign_jax.decoding.scoring import SCORES
 from recalign_jax.decoding.trie import EOS_ID, PAD_ID, Trie, build_trie
-from recalign_jax.errors import InputError, did_you_mean
+from recalign_jax.errors import check_choice
 from seqio_tasks import samples, writing
 from seqio_tasks.examples import (
     Predicted,
@@ -56,10 +56,7 @@ class DecodingOptions:
     max_input_tokens: int = 512
 
     def __post_init__(self) -> None:
-        if self.scores not in SCORES:
-            raise InputError(
-                f"SCORES is {self.scores!r}, not one of {', '.join(SCORES)}.{did_you_mean(self.scores, SCORES)}"
-            )
+        check_choice("SCORES", self.scores, SCORES)
 
 
 @functools.lru_cache(maxsize=4)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from recalign_jax.baselines import minibatches
-from recalign_jax.baselines.fit import Batch, FitOptions, Problem, Run, fit, ranking_validation
+from recalign_jax.baselines.fit import Batch, FitOptions, Problem, Run, check_least, fit, ranking_validation
 from recalign_jax.baselines.scores import Scores
 from recalign_jax.corpus.corpus import Corpus
 from recalign_jax.errors import InputError
@@ -41,11 +41,8 @@ class BprMfOptions(FitOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("width", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"BprMfOptions.{name} is {getattr(self, name)}: must be at least 1.")
-        if self.l2 < 0:
-            raise InputError(f"BprMfOptions.l2 is {self.l2}: must not be negative.")
+        check_least(self, 1, "width", "batch")
+        check_least(self, 0, "l2")
 
 
 def make(corpus: Corpus, options: BprMfOptions, run: Run) -> Scores:

@@ -49,14 +49,18 @@ class FitOptions:
     averaging: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "eval_period", "patience"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{type(self).__name__}.{name} is {getattr(self, name)}: must be at least 1.")
-        for name in ("averaging", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{type(self).__name__}.{name} is {getattr(self, name)}: must not be negative.")
+        check_least(self, 1, "epochs", "eval_period", "patience")
+        check_least(self, 0, "averaging", "weight_decay")
         if not self.learning_rate > 0:
             raise InputError(f"{type(self).__name__}.learning_rate is {self.learning_rate}: must be above 0.")
+
+
+def check_least(options: Any, least: float, *names: str) -> None:
+    """Raises InputError when an attribute of a method's options is below `least`, or no number."""
+    for name in names:
+        value = getattr(options, name)
+        if not value >= least:
+            raise InputError(f"{type(options).__name__}.{name} is {value}: must be at least {least}.")
 
 
 class Run(NamedTuple):

@@ -13,6 +13,7 @@ import scipy.sparse
 
 from recalign_jax.baselines.scores import Scores
 from recalign_jax.corpus.corpus import Corpus
+from recalign_jax.corpus.neighbours import users_items
 from recalign_jax.errors import InputError
 from seqio_tasks.examples import Query
 
@@ -70,7 +71,7 @@ def similarities(corpus: Corpus, options: ItemKnnOptions) -> scipy.sparse.csr_ar
     nearer (a random order). Neighbours are those of the history's items (Deshpande and Karypis 2004, "Item-based
     top-N recommendation algorithms"), not those of the scored ones.
     """
-    has = _users_items(corpus)
+    has = users_items(corpus)
     had_by = has.T.tocsr()
     users = has.sum(axis=0)  # [I]
     pairs = had_by @ has.sum(axis=1)  # [I], how many occurrences of pairs an item is in
@@ -87,16 +88,6 @@ def similarities(corpus: Corpus, options: ItemKnnOptions) -> scipy.sparse.csr_ar
         part = (similarity[kept], (row[kept], column[kept]))
         parts.append(scipy.sparse.csr_array(part, shape=(end - start, corpus.num_items)))
     return scipy.sparse.vstack(parts, format="csr")
-
-
-def _users_items(corpus: Corpus) -> scipy.sparse.csr_array:
-    """Who has which items in training, each once, however often: 1 or nothing, int32 [U, I]."""
-    items = corpus.items[corpus.in_training]
-    offsets = np.append(0, np.cumsum(corpus.training_lengths))
-    has = scipy.sparse.csr_array((np.ones_like(items), items, offsets), shape=(corpus.num_users, corpus.num_items))
-    has.sum_duplicates()
-    has.data[:] = 1
-    return has
 
 
 def _histories(queries: Sequence[Query], num_items: int, decay: float) -> scipy.sparse.csr_array:

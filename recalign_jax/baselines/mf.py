@@ -11,7 +11,7 @@ import numpy as np
 
 from recalign_jax import metrics
 from recalign_jax.baselines import minibatches
-from recalign_jax.baselines.fit import Batch, FitOptions, Problem, Run, fit
+from recalign_jax.baselines.fit import Batch, FitOptions, Problem, Run, check_least, fit
 from recalign_jax.corpus.corpus import Corpus
 from recalign_jax.errors import InputError
 from recalign_jax.evaluation import rating
@@ -41,12 +41,8 @@ class MfOptions(FitOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.factors < 0:
-            raise InputError(f"MfOptions.factors is {self.factors}: must not be negative.")
-        if self.batch < 1:
-            raise InputError(f"MfOptions.batch is {self.batch}: must be at least 1.")
-        if self.l2 < 0:
-            raise InputError(f"MfOptions.l2 is {self.l2}: must not be negative.")
+        check_least(self, 1, "batch")
+        check_least(self, 0, "factors", "l2")
 
 
 def make(corpus: Corpus, options: MfOptions, run: Run, family: str) -> PredictRatings:

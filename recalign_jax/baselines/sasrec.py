@@ -11,10 +11,10 @@ import numpy as np
 from flax import nnx
 
 from recalign_jax.baselines import losses, sequences
-from recalign_jax.baselines.fit import FitOptions, Problem, Run, fit, ranking_validation
+from recalign_jax.baselines.fit import FitOptions, Problem, Run, check_least, fit, ranking_validation
 from recalign_jax.baselines.scores import Scores, newest
 from recalign_jax.corpus.corpus import Corpus
-from recalign_jax.errors import InputError, did_you_mean
+from recalign_jax.errors import InputError, check_choice
 from seqio_tasks import examples
 
 # Standard deviation of the first vectors of items and places.
@@ -55,13 +55,8 @@ class SasrecOptions(FitOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.loss not in LOSSES:
-            raise InputError(
-                f"SasrecOptions.loss is {self.loss!r}, not one of {', '.join(LOSSES)}.{did_you_mean(self.loss, LOSSES)}"
-            )
-        for name in ("width", "layers", "heads", "length", "rows", "negatives"):
-            if getattr(self, name) < 1:
-                raise InputError(f"SasrecOptions.{name} is {getattr(self, name)}: must be at least 1.")
+        check_choice("SasrecOptions.loss", self.loss, LOSSES)
+        check_least(self, 1, "width", "layers", "heads", "length", "rows", "negatives")
         if not 0 <= self.dropout < 1:
             raise InputError(f"SasrecOptions.dropout is {self.dropout}: give a share from 0 to below 1.")
         if self.width % self.heads:

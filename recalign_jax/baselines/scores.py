@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from recalign_jax.decoding.retrieve import padded
 from seqio_tasks.examples import Query, Ranked, Recommend, ScoreCandidates, Scored
 
 # Scores all items for queries: float32 [B, I], the higher the better.
@@ -24,9 +25,8 @@ def recommender(scores: Scores, num_items: int, top_k: int = 10) -> Recommend:
 
     def recommend(queries: Sequence[Query], excluded: Sequence[np.ndarray]) -> Ranked:
         for chosen, batch in batches(queries, size):
-            rows = np.full((size, power_of_two(max(len(excluded[number]) for number in chosen))), -1, np.int32)
-            for row, number in enumerate(chosen):
-                rows[row, : len(excluded[number])] = excluded[number]
+            without = [excluded[number] for number in chosen]
+            rows = padded(without, size, power_of_two(max(map(len, without))), fill=-1)
             items, best = _best(jnp.asarray(scores(batch)), rows, min(top_k, num_items))
             missing = ((0, 0), (0, max(top_k - num_items, 0)))
             items = np.pad(np.asarray(items), missing, constant_values=-1)[: len(chosen)]
@@ -68,11 +68,7 @@ def batches(queries: Sequence[Query], size: int) -> Iterator[tuple[np.ndarray, S
 def newest(queries: Sequence[Query], length: int) -> np.ndarray:
     """The newest items of the histories, at most `length`, oldest first, -1 behind them: int32 [B, l]."""
     width = min(length, power_of_two(max(len(query.history) for query in queries)))  # few widths: few programs
-    rows = np.full((len(queries), width), -1, np.int32)
-    for row, query in zip(rows, queries, strict=True):
-        items = query.history[-length:]
-        row[: len(items)] = items
-    return rows
+    return padded([query.history[-length:] for query in queries], len(queries), width, fill=-1)
 
 
 def power_of_two(least: int) -> int:

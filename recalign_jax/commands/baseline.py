@@ -19,6 +19,7 @@ from recalign_jax.errors import InputError
 from recalign_jax.evaluation import ranking, rating, report, results, retrieval
 from recalign_jax.evaluation.results import EvaluationOptions, Result
 from recalign_jax.files import atomic_file
+from seqio_tasks import task_names
 
 USES_GIN = True
 
@@ -38,7 +39,7 @@ METHODS = {
     "popularity": Method(popularity.PopularityOptions, popularity.make),
     "itemknn": Method(itemknn.ItemKnnOptions, itemknn.make),
     "bprmf": Method(bprmf.BprMfOptions, bprmf.make),
-    "mf": Method(mf.MfOptions, mf.make, ("rating", "rating_random")),
+    "mf": Method(mf.MfOptions, mf.make, task_names.RATED_FAMILIES),
     "sasrec": Method(sasrec.SasrecOptions, sasrec.make),
 }
 
@@ -93,7 +94,7 @@ def _trained(args: argparse.Namespace, method: Method, corpus: Corpus, family: s
     for name, value in dataclasses.asdict(options).items():
         if name not in MAY_CHANGE:
             identity[f"{method.options.__name__}.{name}"] = value
-    rated = family in ("rating", "rating_random")
+    rated = family in task_names.RATED_FAMILIES
     if rated:
         identity["family"] = family
     if args.seed < 0:
@@ -111,7 +112,7 @@ def _trained(args: argparse.Namespace, method: Method, corpus: Corpus, family: s
 
 def evaluate(corpus: Corpus, family: str, answers: Any, split: str, options: EvaluationOptions) -> Result:
     """Evaluates a baseline, Scores or PredictRatings, as the family asks."""
-    if family in ("rating", "rating_random"):
+    if family in task_names.RATED_FAMILIES:
         return rating.evaluate(corpus, answers, rating.evaluation_queries(corpus, split, family, options))
     queries = retrieval.evaluation_queries(corpus, split, options)
     if family == "retrieval":

@@ -18,7 +18,7 @@ from recalign_jax.evaluation.results import EvaluationOptions, Result
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
 from recalign_jax.recommender import DecodingOptions
-from seqio_tasks import samples
+from seqio_tasks import samples, task_names
 from seqio_tasks.examples import Recommend
 from seqio_tasks.specs import TaskSpec
 
@@ -112,7 +112,7 @@ def make_evaluation(
     """
     corpus, options, decoding = spec.corpus, EvaluationOptions(), DecodingOptions()
     sharding = partitioning.batch_sharding(mesh)
-    if spec.family in ("rating", "rating_random"):
+    if spec.family in task_names.RATED_FAMILIES:
         predictor = recommender.make_rater(spec, graphdef, decoding, sharding)
         rated = rating.evaluation_queries(corpus, split, spec.family, options)
         return lambda params: rating.evaluate(corpus, predictor(params), rated)

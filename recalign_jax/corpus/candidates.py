@@ -55,9 +55,7 @@ def negatives(
     Returns:
       int32 [count].
     """
-    if kind not in NEGATIVES:
-        hint = errors.did_you_mean(kind, NEGATIVES)
-        raise errors.InputError(f"NEGATIVES is {kind!r}, not one of {', '.join(NEGATIVES)}.{hint}")
+    errors.check_choice("NEGATIVES", kind, NEGATIVES)
     taken = {positive, *met.tolist()}
     found: list[int] = []
     draw = NEGATIVES[kind]

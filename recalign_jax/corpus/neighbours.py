@@ -1,11 +1,14 @@
 """Collaborative neighbours: items that other users' training parts hold beside the items of a history."""
 
 import functools
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from recalign_jax.corpus.corpus import Corpus
+
+if TYPE_CHECKING:
+    import scipy.sparse
 
 # Neighbours that are kept of each item.
 NUM_KEPT = 50
@@ -19,16 +22,22 @@ class CoOccurrence(NamedTuple):
     counts: np.ndarray  # int32 [I, M], in how many users' training parts both occur
 
 
+def users_items(corpus: Corpus) -> "scipy.sparse.csr_array":
+    """Who has which items in training, each once, however often: 1 or nothing, int32 [U, I]."""
+    import scipy.sparse
+
+    items = corpus.items[corpus.in_training]
+    offsets = np.append(0, np.cumsum(corpus.training_lengths))
+    has = scipy.sparse.csr_array((np.ones_like(items), items, offsets), shape=(corpus.num_users, corpus.num_items))
+    has.sum_duplicates()
+    has.data[:] = 1
+    return has
+
+
 @functools.lru_cache(maxsize=4)
 def co_occurrence(corpus: Corpus) -> CoOccurrence:
     """Counts in how many training parts two items stand together; nothing held out is looked at."""
-    import scipy.sparse
-
-    met = corpus.items[corpus.in_training]
-    users = np.repeat(np.arange(corpus.num_users), corpus.training_lengths)
-    shape = (corpus.num_users, corpus.num_items)
-    matrix = scipy.sparse.csr_matrix((np.ones(len(met), np.int32), (users, met)), shape)
-    matrix.data[:] = 1  # a user who met an item twice counts once
+    matrix = users_items(corpus)
     popularity = np.maximum(np.asarray(matrix.sum(axis=0)).ravel(), 1)
     kept = min(NUM_KEPT, corpus.num_items)
     items = np.full((corpus.num_items, kept), -1, np.int32)
