@@ -5,9 +5,9 @@
 DATA_DIR holds the corpora `amazon_beauty`, `amazon_toys`, and the same with `_shuffled` (prepared from the sets with
 real timestamps by `--tie_break shuffle`), and `movielens`; a row whose corpus isn't there is left out. Each run is one
 `recalign baseline`, which is printed and keeps its results in OUTPUT/SPLIT/CORPUS/ROW/SEED; what is there already isn't
-run again, so the queue can be stopped at any time (of a training that was interrupted, `training_seconds` are only the
-last part's). Prints a Markdown table of means and standard deviations over the seeds, and last one JSON line with
-`rows`, each with its `runs`, `mean` and `deviation`.
+run again, so the queue can be stopped at any time (of a training that was interrupted, `training_seconds` are the sum
+of its parts up to their last checkpoints). Prints a Markdown table of means and standard deviations over the seeds, and
+last one JSON line with `rows`, each with its `runs`, `mean` and `deviation`.
 """
 
 import argparse

@@ -348,6 +348,12 @@ def test_the_expected_rating_is_clipped_and_the_most_likely_one_occurs_in_traini
     assert len(set(likely)) > 2
 
 
+def test_a_random_split_wants_ten_ratings(tmp_path):
+    corpus = corpus_in_memory([[0, 1, 2, 3], [3, 2, 1, 0, 4]], 5, [[1, 2, 3, 4], [5, 4, 3, 2, 1]])
+    with pytest.raises(InputError, match="small has 9 ratings: with fewer than ten"):
+        mf.make(corpus, MF, Run(str(tmp_path), 0, {}), "rating_random")
+
+
 def test_mf_wants_ratings(tmp_path):
     with pytest.raises(InputError, match="small has no ratings"):
         mf.make(block_corpus(), MF, Run(str(tmp_path), 0, {}), "rating")

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
 import optax
 import pytest
 
-from recalign_jax.baselines.fit import FitOptions, Problem, Run, fit
+from recalign_jax.baselines.fit import FitOptions, Problem, Run, fit, training_seconds
 from recalign_jax.checkpoint import saved
 from recalign_jax.errors import InputError, RunError
 
@@ -60,6 +61,29 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, capsys, eval_period):
             assert (folder / name).read_text() == (whole / name).read_text()
 
 
+def test_the_seconds_of_all_parts_count(tmp_path, monkeypatch):
+    """By a clock that goes on by one second whenever the model is validated; a killed epoch's seconds are lost."""
+    clock = [0.0]
+    monkeypatch.setattr("recalign_jax.baselines.fit.time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def validate(params):
+        clock[0] += 1
+        return {"validation_ndcg@10": 0.0}
+
+    def late(epoch):
+        clock[0] += 100 * (epoch == 5)
+        yield from interrupted(epoch)
+
+    run = Run(str(tmp_path), 0, IDENTITY)
+    with pytest.raises(KeyboardInterrupt):
+        fit(problem(validate)._replace(batches=late), OPTIONS, run)
+    assert training_seconds(str(tmp_path)) == 4
+    for _ in range(2):  # the second time there is nothing left to train
+        clock[0] += 1000
+        fit(problem(validate), OPTIONS, run)
+        assert training_seconds(str(tmp_path)) == 6
+
+
 def interrupted(epoch):
     if epoch == 5:
         raise KeyboardInterrupt
@@ -102,10 +126,38 @@ def test_training_ends_when_nothing_gets_better(tmp_path):
     assert saved.steps(str(tmp_path)) == [5, 2]
 
 
+def six_epochs(tmp_path):
+    """A run whose second epoch is the best, and its directory."""
+    values = iter([0.1, 0.3, 0.2, 0.25, 0.1, 0.2])
+    run = Run(str(tmp_path), 0, IDENTITY)
+    fit(problem(lambda params: {"validation_ndcg@10": next(values)}), FitOptions(epochs=6), run)
+    return run
+
+
+@pytest.mark.parametrize("values", [{"epochs": 5}, {"epochs": 1}, {"epochs": 9, "patience": 3}])
+def test_a_run_that_was_trained_longer_is_refused(tmp_path, values):
+    run, options = six_epochs(tmp_path), FitOptions(**values)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    text = rf"trained for 6 epochs, .*\.epochs = {options.epochs} and .*\.patience = {options.patience} allow"
+    with pytest.raises(InputError, match=text):
+        fit(problem(), options, run)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize(("epochs", "patience", "trained"), [(6, 10, 6), (9, 4, 6), (7, 5, 7)])
+def test_a_run_may_be_made_longer(tmp_path, epochs, patience, trained):
+    run = six_epochs(tmp_path)
+    validate = {"validation_ndcg@10": 0.0}
+    fit(problem(lambda params: validate), FitOptions(epochs=epochs, patience=patience), run)
+    assert saved.steps(str(tmp_path)) == [trained, 2]
+
+
 def test_another_run_is_refused(tmp_path):
     fit(problem(), OPTIONS, Run(str(tmp_path), 0, IDENTITY))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match=r"(?s)another configuration.*seed: 0 then, 1 now.*give another MODEL_DIR\."):
+    with pytest.raises(
+        InputError, match=r"(?s)another configuration.*seed: 0 then, 1 now.*or train in another folder\.$"
+    ):
         fit(problem(), OPTIONS, Run(str(tmp_path), 1, {"seed": 1}))
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
@@ -113,10 +165,21 @@ def test_another_run_is_refused(tmp_path):
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
     broken = problem()._replace(loss=lambda params, batch, key: (params["w"].sum() * np.inf, np.float32(1)))
     with pytest.raises(
-        RunError, match=r"The loss of epoch 1 is (nan|-?inf): try a smaller FitOptions.learning_rate, and another"
+        RunError, match=r"The loss of epoch 1 is (nan|-?inf): try a smaller FitOptions.learning_rate, in another"
     ):
         fit(broken, OPTIONS, Run(str(tmp_path), 0, IDENTITY))
     assert saved.steps(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_validation_that_is_no_number_ends_the_run(tmp_path, value):
+    values = iter([0.1, 0.2, value])
+    broken = problem(lambda params: {"validation_ndcg@10": next(values)})
+    with pytest.raises(RunError, match=f"The validation_ndcg@10 of epoch 3 is {value}: try a smaller FitOptions.learn"):
+        fit(broken, OPTIONS, Run(str(tmp_path), 0, IDENTITY))
+    assert saved.steps(str(tmp_path)) == [2]
+    assert saved.read_best(str(tmp_path))["step"] == 2
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
 
 @pytest.mark.parametrize(

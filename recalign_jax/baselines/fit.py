@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -93,6 +94,7 @@ def fit(problem: Problem, options: FitOptions, run: Run) -> Params:
     """Trains, from the newest whole checkpoint in `run.model_dir` if there is one.
 
     The directory is that of `recalign train`, with epochs for steps: `metrics.jsonl`, `checkpoints/`, `best.json`.
+    Options that are no part of the identity may let a resumed run train on, but not end where it is past already.
 
     Args:
       problem: what is trained.
@@ -103,9 +105,10 @@ def fit(problem: Problem, options: FitOptions, run: Run) -> Params:
       The parameters of the epoch that was best on the validation split.
 
     Raises:
-      InputError: when the checkpoint there belongs to another run.
-      RunError: when a loss is no finite number, or a checkpoint can't be written.
+      InputError: when the checkpoint there belongs to another run, or to one that was trained longer.
+      RunError: when a loss or validation metric is no finite number, or a checkpoint can't be written.
     """
+    start = time.monotonic()
     optimizer = optax.adamw(options.learning_rate, weight_decay=options.weight_decay)
 
     def initialize(key: jax.Array) -> State:
@@ -131,11 +134,16 @@ def fit(problem: Problem, options: FitOptions, run: Run) -> Params:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), jax.eval_shape(initialize, key)
     )
     checkpoints = checkpointing.open_checkpoints(run.model_dir, keep=1)
-    check = partial(checkpointing.check_identity, identity=run.identity, model_dir=run.model_dir)
+
+    def check(metadata: dict[str, Any]) -> None:
+        checkpointing.check_identity(metadata, run.identity, run.model_dir)
+        check_length(metadata["records"], problem.metric, options, run.model_dir)
+
     with contextlib.closing(checkpoints):
         found = checkpointing.restore_newest(checkpoints, shapes.average, shapes[1:], check)
         if found:
             epoch, records, state = found.step, found.metadata["records"], State(found.params, *found.optimizer)
+            start -= found.metadata.get("seconds", 0.0)  # as if it had never stopped
             terminal.say(f"Resuming {run.model_dir} after epoch {epoch}.")
         else:
             epoch, records, state = 0, [], jax.jit(initialize)(key)
@@ -157,24 +165,52 @@ def fit(problem: Problem, options: FitOptions, run: Run) -> Params:
                 total, count = np.asarray(jax.device_get(parts), np.float64).sum(axis=0)
                 if not count:
                     raise InputError("There is nothing to train on: no user has an item to be told from others.")
-                loss = float(total / count)
-                if not np.isfinite(loss):
-                    rate = f"{type(options).__name__}.learning_rate"
-                    raise RunError(f"The loss of epoch {epoch} is {loss}: try a smaller {rate}, and another model_dir.")
+                record = {"loss": float(total / count)}
+                check_finite(record, epoch, options)
                 if epoch % options.eval_period and epoch != options.epochs:
                     advance()
                     continue
-                record = {"loss": loss} | problem.validate(state.average)
+                record |= problem.validate(state.average)
+                check_finite(record, epoch, options)
                 run_log.write(epoch, record)
                 steering.write_best(run_log.records, problem.metric, run.model_dir)
                 # A copy of the records: they are written while the next epoch runs.
-                metadata = {"identity": run.identity, "records": list(run_log.records)}
+                metadata = {
+                    "identity": run.identity,
+                    "records": list(run_log.records),
+                    "seconds": time.monotonic() - start,
+                }
                 checkpointing.save(checkpoints, epoch, state.average, state[1:], metadata)
-                advance(note=f"loss {loss:.4f}, {problem.metric} {record[problem.metric]:.4f}")
+                advance(note=f"loss {record['loss']:.4f}, {problem.metric} {record[problem.metric]:.4f}")
         checkpointing.finish(checkpoints)
     params, best = saved.load_params(f"{run.model_dir}/{saved.BEST}", shapes.average)
     terminal.say(f"Trained for {epoch} epochs; the best by {problem.metric} is {best}.")
     return params
+
+
+def training_seconds(model_dir: str) -> float:
+    """How long a training took up to its newest checkpoint, all its parts if it was interrupted and resumed."""
+    newest = saved.folder_of(model_dir, saved.steps(model_dir)[0])
+    return saved.read_metadata(newest).get("seconds", 0.0)
+
+
+def check_length(records: Sequence[Mapping[str, Any]], metric: str, options: FitOptions, model_dir: str) -> None:
+    """Raises InputError when a training went on where options with fewer epochs or less patience would have ended."""
+    epoch, name = records[-1]["step"], type(options).__name__
+    before = (records[:count] for count in range(len(records)))
+    if epoch > options.epochs or any(steering.ends(part, metric, options.patience) for part in before):
+        raise InputError(
+            f"{model_dir} was trained for {epoch} epochs, longer than {name}.epochs = {options.epochs} and "
+            f"{name}.patience = {options.patience} allow. Set them back, or train in another folder."
+        )
+
+
+def check_finite(record: Mapping[str, float], epoch: int, options: FitOptions) -> None:
+    """Raises RunError when a loss or metric is no finite number."""
+    for name, value in record.items():
+        if not np.isfinite(value):
+            rate = f"{type(options).__name__}.learning_rate"
+            raise RunError(f"The {name} of epoch {epoch} is {value}: try a smaller {rate}, in another folder.")
 
 
 def ranking_validation(corpus: Corpus, of_params: Callable[[Params], Scores]) -> Callable[[Params], dict[str, float]]:

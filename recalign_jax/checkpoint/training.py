@@ -123,7 +123,7 @@ def restore_newest(
     if found:
         raise RunError(
             f"None of the {len(found)} checkpoints of {model_dir} is whole; they are in {model_dir}/{DAMAGED}. "
-            "Start anew with another MODEL_DIR."
+            "Start anew in another folder."
         )
     return None
 
@@ -154,8 +154,8 @@ def check_identity(
     if resume_changed:
         terminal.warn(f"{what}, as RESUME_CHANGED allows:\n" + "\n".join(changed))
         return
-    choices = "Change it back, give another MODEL_DIR"
-    choices += "." if resume_changed is None else ", or go on all the same with --gin.RESUME_CHANGED=True."
+    choices = "Change it back, or train in another folder"
+    choices += "." if resume_changed is None else "; --gin.RESUME_CHANGED=True goes on all the same."
     raise InputError(f"{what}; it can't be resumed with this one:\n" + "\n".join(changed) + f"\n{choices}")
 
 

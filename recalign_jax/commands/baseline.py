@@ -5,14 +5,13 @@ import contextlib
 import dataclasses
 import pathlib
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import gin
 
 from recalign_jax.baselines import bprmf, itemknn, mf, popularity, sasrec, scores
-from recalign_jax.baselines.fit import FitOptions, Run
+from recalign_jax.baselines.fit import FitOptions, Run, training_seconds
 from recalign_jax.checkpoint import saved
 from recalign_jax.corpus.corpus import Corpus, load_corpus
 from recalign_jax.errors import InputError
@@ -23,7 +22,7 @@ from seqio_tasks import task_names
 
 USES_GIN = True
 
-# How long and how patiently may change when a training is resumed.
+# Options that may change when a training is resumed, to train on; see `fit`.
 MAY_CHANGE = ("epochs", "patience")
 
 
@@ -58,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_dir", metavar="DIR", help="for the log and checkpoints of a method that is trained; "
                         "the same command goes on there. Without it nothing is kept")  # fmt: skip
     parser.add_argument("--output_dir", metavar="DIR", help="for metrics.json and Parquet files with a row a user")
+    parser.epilog = "--gin.NAME=value sets an option of the method, as --gin.SasrecOptions.epochs=20"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -101,12 +101,11 @@ def _trained(args: argparse.Namespace, method: Method, corpus: Corpus, family: s
         raise InputError(f"--seed is {args.seed}: must not be negative.")
     with contextlib.ExitStack() as stack:
         model_dir = args.model_dir or stack.enter_context(tempfile.TemporaryDirectory())
-        start = time.monotonic()
         answers = method.make(corpus, options, Run(model_dir, args.seed, identity), *([family] if rated else []))
-        seconds = time.monotonic() - start
         with atomic_file(pathlib.Path(model_dir) / "config.gin") as aside:
             aside.write_text(gin.operative_config_str(), encoding="utf-8")
-        told = {"seed": args.seed, "best": saved.read_best(model_dir), "training_seconds": round(seconds, 1)}
+        seconds = round(training_seconds(model_dir), 1)
+        told = {"seed": args.seed, "best": saved.read_best(model_dir), "training_seconds": seconds}
     return answers, told | ({"model_dir": args.model_dir} if args.model_dir else {})
 
 

@@ -1,6 +1,7 @@
 """`recalign eval`: evaluates a checkpoint on a held-out split."""
 
 import argparse
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,9 +65,18 @@ def eval_command(
             yield f"{spec.name}, {split} split, step {model.step}", result
 
     told = report.publish(found(), tasks[0].corpus, {"step": model.step, "split": split}, output_dir)
-    method = "sasrec" if {"retrieval", "ranking"} & told.keys() else "mf"
-    terminal.say(f"Next to it: recalign baseline --corpus {tasks[0].corpus.name} --method {method}")
+    families = [spec.family for spec in tasks]
+    terminal.say(f"Next to it: {baseline_command(tasks[0].corpus.name, families, split, data_dir)}")
     return told
+
+
+def baseline_command(corpus: str, families: list[str], split: str, data_dir: str | None) -> str:
+    """What to type for a baseline on the same split, and of one family on that alone."""
+    method = "mf" if families[0] in task_names.RATED_FAMILIES else "sasrec"
+    command = ["recalign", "baseline", "--corpus", corpus, "--method", method, "--split", split]
+    command += ["--family", families[0]] if len(families) == 1 else []
+    command += ["--data_dir", data_dir] if data_dir else []
+    return shlex.join(command)
 
 
 def evaluated(name: str, vocabulary_path: str, data_dir: str | None) -> list[TaskSpec]:

@@ -7,6 +7,7 @@ import numpy as np
 from recalign_jax import metrics
 from recalign_jax.corpus.candidates import NUM_TEST_NEGATIVES, held_out_candidates
 from recalign_jax.corpus.corpus import Corpus
+from recalign_jax.decoding.retrieve import padded
 from recalign_jax.evaluation import results
 from recalign_jax.evaluation.results import Result
 from seqio_tasks.examples import Query, ScoreCandidates
@@ -23,10 +24,7 @@ def candidates(
     C is `negatives` + 1, or less where the corpus has no more; rows of users who met nearly all items end in -1.
     """
     rows = [held_out_candidates(corpus, split, query.user, query.target, negatives, seed) for query in queries]
-    found = np.full((len(rows), max(map(len, rows))), -1, np.int32)
-    for number, row in enumerate(rows):
-        found[number, : len(row)] = row
-    return found
+    return padded(rows, len(rows), max(map(len, rows)), fill=-1)
 
 
 def evaluate(corpus: Corpus, score: ScoreCandidates, queries: Sequence[Query], candidates: np.ndarray) -> Result:

@@ -6,6 +6,7 @@ import numpy as np
 
 from recalign_jax import metrics
 from recalign_jax.corpus.corpus import Corpus
+from recalign_jax.errors import InputError
 from recalign_jax.evaluation import results
 from recalign_jax.evaluation.results import EvaluationOptions, Result
 from seqio_tasks import examples
@@ -17,10 +18,15 @@ METRICS = ("mse", "mae")
 def evaluation_queries(corpus: Corpus, split: str, family: str, options: EvaluationOptions) -> list[RatedQuery]:
     """The held-out ratings of a rated corpus: of `rating` one a user, of `rating_random` all of the part.
 
-    Raises InputError as `num_evaluated`.
+    Raises InputError as `num_evaluated`, and when there are too few ratings for a random split.
     """
     random = family == "rating_random"
     held_out = len(examples.random_part(corpus, split) if random else corpus.evaluation_users)
+    if random and not held_out:
+        raise InputError(
+            f"Corpus {corpus.name} has {corpus.num_interactions} ratings: with fewer than ten, nothing can be held out "
+            "by the random 8:1:1 split."
+        )
     count = results.num_evaluated(corpus, split, held_out, options)
     find = examples.random_rating if random else examples.next_rating
     return [find(corpus, split, index) for index in range(count)]
