@@ -16,7 +16,7 @@ from flax import nnx
 
 from recalign_jax.corpus.catalog import Catalog
 from recalign_jax.decoding import trie_file
-from recalign_jax.decoding.retrieve import make_generate, padded, retrieve
+from recalign_jax.decoding.retrieve import Generate, make_generate, padded, retrieve
 from recalign_jax.decoding.scoring import SCORES
 from recalign_jax.decoding.trie import EOS_ID, PAD_ID, Trie, build_trie
 from recalign_jax.errors import check_choice
@@ -88,6 +88,7 @@ def make_recommender(
     options: DecodingOptions,
     sharding: jax.sharding.Sharding,
     model_dir: str | None = None,
+    permitted: np.ndarray | None = None,
 ) -> Callable[[Any], Recommend]:
     """Returns parameters -> recommender, for a task's corpus, item format and vocabulary; compiles on first use.
 
@@ -97,14 +98,28 @@ def make_recommender(
       options: of the search.
       sharding: of the users of a batch.
       model_dir: where a saved trie may be.
+      permitted: the only items that are recommended to anyone, int32 ascending; None for all. They get a trie of
+        their own, so that no beam is spent on others; scores over the trie are then over theirs.
     """
-    trie = item_trie(spec, model_dir)
+    catalog = spec.catalog
+    if permitted is None:
+        trie = item_trie(spec, model_dir)
+    else:
+        tokens, lengths = catalog.tokens[permitted], catalog.lengths[permitted]
+        trie = build_trie(tokens, lengths, catalog.popularity[permitted], spec.num_tokens)
     generate = make_generate(graphdef, options.num_beams, options.top_k, options.length_penalty, options.scores)
 
     def with_params(params: Any) -> Recommend:
         def recommend(queries: Sequence[Query], excluded: Sequence[np.ndarray]) -> Ranked:
             prompts = [samples.write_history(spec, query, options.max_input_tokens) for query in queries]
-            return retrieve(generate, params, trie, prompts, excluded, options.batch_size, sharding)
+            if permitted is None:
+                yield from retrieve(generate, params, trie, prompts, excluded, options.batch_size, sharding)
+                return
+            places = [np.flatnonzero(np.isin(permitted, items)) for items in excluded]
+            for chosen, found, scores in retrieve(
+                generate, params, trie, prompts, places, options.batch_size, sharding
+            ):
+                yield chosen, np.where(found >= 0, permitted[found], -1), scores
 
         return recommend
 
@@ -121,11 +136,14 @@ def make_scorer(
     """Returns parameters -> scorer for a ranking task: log-likelihoods of the candidates after a prompt with them.
 
     It is a search that may return the candidates alone, with a beam for each, so that none is missed. All are scored,
-    also those that a prompt of `max_input_tokens` leaves out. `num_beams` and `top_k` don't count.
+    also those that a prompt of `max_input_tokens` leaves out. `num_beams` and `top_k` don't count. There is a program
+    for every number of candidates that it is called with, padding counted.
     """
     trie = item_trie(spec, model_dir)
-    beams = spec.options.test_negatives + 1
-    generate = make_generate(graphdef, beams, beams, options.length_penalty, options.scores)
+
+    @functools.cache
+    def generate_for(beams: int) -> Generate:
+        return make_generate(graphdef, beams, beams, options.length_penalty, options.scores)
 
     def with_params(params: Any) -> ScoreCandidates:
         def score(queries: Sequence[Query], candidates: np.ndarray) -> Scored:
@@ -135,6 +153,7 @@ def make_scorer(
                 for query, items in zip(queries, allowed, strict=True)
             ]
             nothing = [np.zeros(0, np.int32)] * len(queries)
+            generate = generate_for(candidates.shape[1])
             parts = retrieve(generate, params, trie, prompts, nothing, options.batch_size, sharding, allowed=allowed)
             for chosen, items, scores in parts:
                 yield chosen, _scores_of(candidates[chosen], items, scores)

@@ -19,7 +19,7 @@ from recalign_jax.checkpoint import huggingface, saved, stacking, training
 from recalign_jax.checkpoint.arrays import whole
 from recalign_jax.checkpoint.formats import open_checkpoint, our_params
 from recalign_jax.checkpoint.initial import load_base
-from recalign_jax.commands.common import load_recommender
+from recalign_jax.commands.common import load_model
 from recalign_jax.model import lora, t5
 from recalign_jax.model.config import T5Config
 from recalign_jax.model.lora import LoraOptions
@@ -246,7 +246,7 @@ def test_evaluation_takes_a_converted_checkpoint(run, shop_corpus, shop_words, c
     convert(run, tmp_path / "own", "recalign")
     gin_config.parse(["gin_configs/models/t5_tiny.gin"], [])
     spec = specs.make_spec(shop_corpus, "retrieval", "token", shop_words, specs.TaskOptions())
-    _, step = load_recommender(spec, str(tmp_path / "own"), None, "EVAL_BATCH_SIZE")
+    step = load_model(spec, str(tmp_path / "own"), None, "EVAL_BATCH_SIZE").step
     assert step == 1
 
 

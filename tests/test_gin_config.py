@@ -257,9 +257,9 @@ RUNS = [file for file in FILES if "/runs/" in file]
 @pytest.fixture(scope="module")
 def commands():
     """What the gin files of the commands configure."""
-    from recalign_jax.commands import eval, infer, train
+    from recalign_jax.commands import baseline, eval, infer, train
 
-    return eval, infer, train
+    return baseline, eval, infer, train
 
 
 def closure(file: str) -> str:

@@ -1,5 +1,6 @@
 """Real processes that are killed, told to leave, or several at once: the run is always the same."""
 
+import shutil
 import signal
 import subprocess
 import time
@@ -10,7 +11,7 @@ import pytest
 from recalign_jax import cli
 from recalign_jax.checkpoint import saved
 from recalign_jax.training import log
-from tests import kill_and_resume
+from tests import kill_and_infer, kill_and_resume
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,17 @@ def test_sigterm_saves_and_leaves_with_its_own_status(folder):
     (step,) = saved.steps(str(folder / "told"))
     assert last <= step <= last + 1
     assert f"SIGTERM: saved step {step}" in (folder / "told.log").read_text()
+
+
+@pytest.mark.usefixtures("fast_compilation")
+@pytest.mark.parametrize(("times", "processes"), [(2, 1), (1, 2)])
+def test_killed_inference_leaves_what_uninterrupted_inference_does(folder, tmp_path, times, processes):
+    """Of two processes one is killed."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("two*", "told*"))
+    assert cli.main(["train", *kill_and_resume.arguments(tmp_path, "model", 2)]) == 0
+    result = kill_and_infer.kill_and_infer(tmp_path, times, 0, processes)
+    assert result["identical"]
+    assert result["kills"] == times
 
 
 @pytest.mark.usefixtures("fast_compilation")

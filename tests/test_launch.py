@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 LAUNCH = pathlib.Path(__file__).resolve().parents[1] / "launch"
+INFER_GIN = LAUNCH.parent / "gin_configs" / "runs" / "infer.gin"
 
 
 @pytest.fixture
@@ -155,6 +156,16 @@ def test_slurm_hands_sigterm_to_the_tasks(slurm, tmp_path):
     assert "scontrol requeue 42" in output
 
 
+def test_an_array_gives_each_task_its_shard(tmp_path, programs):
+    """Tasks needn't count from 0."""
+    programs("srun", 'printf "%s\\n" "$@"')
+    where = {"SLURM_SUBMIT_DIR": str(tmp_path), "PYTHON": "python3"}
+    array = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "4"}
+    status, output = run("slurm/infer.sbatch", "--gin.X=a b", folder=tmp_path, **where, **array)
+    wanted = ["python3", "-m", "recalign_jax.cli", "infer", "--gin.X=a b", "--gin.SHARD=2", "--gin.NUM_SHARDS=4"]
+    assert (status, output.splitlines()) == (0, wanted)
+
+
 def test_slurm_directives():
     text = (LAUNCH / "slurm" / "train.sbatch").read_text()
     directives = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, re.MULTILINE))
@@ -198,6 +209,21 @@ def test_manifest(name, accelerator):
         assert f"--num_processes={job['completions']}" in command
     else:
         assert "--distributed" in command
+
+
+def test_the_manifest_of_inference_has_a_pod_a_shard():
+    text = (LAUNCH / "gke" / "infer.yaml").read_text()
+    manifest = yaml.safe_load(re.sub(r"<(\w+)>", lambda match: match[1].lower(), text))
+    [replicated] = manifest["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    [container] = job["template"]["spec"]["containers"]
+    assert f"--gin.NUM_SHARDS={job['completions']}" in container["args"]
+    assert "--gin.SHARD=$(JOB_COMPLETION_INDEX)" in container["args"]
+    assert "JOB_COMPLETION_INDEX" in {variable["name"] for variable in container["env"]}
+    known = {name for line in INFER_GIN.read_text().splitlines() for name in re.findall(r"^([A-Z_]+) = ", line)}
+    given = {name for argument in container["args"] for name in re.findall(r"^--gin\.(\w+)=", argument)}
+    assert given <= known
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
 
 
 # TPU VMs.

@@ -19,7 +19,6 @@ from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
 from recalign_jax.recommender import DecodingOptions
 from seqio_tasks import samples, task_names
-from seqio_tasks.examples import Recommend
 from seqio_tasks.specs import TaskSpec
 
 # Embedding rows come in multiples of this, whatever the mesh, so that a checkpoint fits every one: it suits the matrix
@@ -83,16 +82,6 @@ def load_model(spec: TaskSpec, checkpoint_path: str, mesh_shape: dict[str, int] 
     shapes = partitioning.with_shardings(t5.abstract_params(config), mesh)
     params, step = load_trained(checkpoint_path, config, shapes)
     return Model(t5.graph(config), params, step, mesh, saved.model_dir_of(checkpoint_path))
-
-
-def load_recommender(
-    spec: TaskSpec, checkpoint_path: str, mesh_shape: dict[str, int] | None, batch_macro: str
-) -> tuple[Recommend, int]:
-    """Loads a checkpoint as a recommender for a retrieval task, and its step; see `load_model`."""
-    model = load_model(spec, checkpoint_path, mesh_shape, batch_macro)
-    sharding = partitioning.batch_sharding(model.mesh)
-    with_params = recommender.make_recommender(spec, model.graphdef, DecodingOptions(), sharding, model.model_dir)
-    return with_params(model.params), model.step
 
 
 def make_evaluation(

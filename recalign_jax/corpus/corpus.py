@@ -1,9 +1,12 @@
 """A prepared corpus, as every other room sees it: sequences of item numbers, and the text of the items."""
 
+import dataclasses
 import functools
+import hashlib
 import os
 import pathlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +14,7 @@ import numpy as np
 
 from recalign_jax import errors
 from recalign_jax.corpus import datasets, holdout, storage
-from recalign_jax.corpus.records import ItemText
+from recalign_jax.corpus.records import Item, ItemText
 
 # A task is named CORPUS_TASK[_FORMAT], so no name of a corpus may end like one.
 _RESERVED_SUFFIXES = (
@@ -37,6 +40,7 @@ class Corpus:
       items: int32 [N], in time order within a user.
       timestamps: int64 [N], in the unit of the source.
       ratings: float32 [N], or None if the corpus has none.
+      more_items: the last items, which nobody has met and which are not in the directory; see `with_items`.
     """
 
     name: str
@@ -48,10 +52,11 @@ class Corpus:
     items: np.ndarray
     timestamps: np.ndarray
     ratings: np.ndarray | None
+    more_items: tuple[Item, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles as the directory: worker processes map the same files instead of copying the arrays."""
-        return read_corpus, (self.directory,)
+        return _reopened, (self.directory, self.more_items)
 
     @property
     def num_users(self) -> int:
@@ -113,7 +118,8 @@ class Corpus:
 
     @functools.cached_property
     def _item_records(self) -> tuple[list[str], list[ItemText]]:
-        return datasets.read_items(self.directory)
+        ids, texts = datasets.read_items(self.directory)
+        return [*ids, *(item.item_id for item in self.more_items)], [*texts, *(item.text for item in self.more_items)]
 
     @functools.cached_property
     def _user_ids(self) -> list[str]:
@@ -168,6 +174,27 @@ def read_corpus(directory: str | os.PathLike[str]) -> Corpus:
     if lengths != {int(corpus.user_offsets[-1])}:
         raise errors.InputError(f"The arrays of {directory} do not belong together. Prepare the corpus again.")
     return corpus
+
+
+def with_items(corpus: Corpus, items: Sequence[Item]) -> Corpus:
+    """The corpus with new items behind its own, which nobody has met; on disk nothing changes.
+
+    Args:
+      corpus: the corpus.
+      items: with ids that it doesn't have.
+    """
+    if not items:
+        return corpus
+    return dataclasses.replace(
+        corpus,
+        num_items=corpus.num_items + len(items),
+        fingerprint=hashlib.sha256(f"{corpus.fingerprint} {items!r}".encode()).hexdigest(),
+        more_items=(*corpus.more_items, *items),
+    )
+
+
+def _reopened(directory: pathlib.Path, more_items: tuple[Item, ...]) -> Corpus:
+    return with_items(read_corpus(directory), more_items)
 
 
 def is_rated(directory: pathlib.Path) -> bool:

@@ -86,6 +86,7 @@ def retrieve(
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
     width = _bucket(max((len(items) for items in excluded), default=0))
     allowed_width = _bucket(max((len(items) for items in allowed or []), default=0))
+    running: tuple[np.ndarray, BeamResult] | None = None
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         tokens = padded([prompts[i] for i in chosen], batch_size, _bucket(len(prompts[chosen[-1]])), fill=0)
@@ -93,9 +94,17 @@ def retrieve(
         only = None if allowed is None else padded([allowed[i] for i in chosen], batch_size, allowed_width, fill=-1)
         tokens, without, only = jax.device_put((tokens, without, only), sharding)
         result = generate(params, tokens, without, only, trie)
-        # Of several processes each computes some users and learns of the others'.
-        ranked, scores = multihost_utils.process_allgather(result, tiled=True)
-        yield chosen, ranked[: len(chosen)], scores[: len(chosen)]
+        if running is not None:
+            yield _fetched(*running)
+        running = chosen, result  # the device is at work on it while the caller has the one before
+    if running is not None:
+        yield _fetched(*running)
+
+
+def _fetched(chosen: np.ndarray, result: BeamResult) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of several processes each computes some users and learns of the others'."""
+    ranked, scores = multihost_utils.process_allgather(result, tiled=True)
+    return chosen, ranked[: len(chosen)], scores[: len(chosen)]
 
 
 def _bucket(length: int) -> int:

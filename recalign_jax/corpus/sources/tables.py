@@ -52,7 +52,7 @@ def open_folder(
     return Source(
         files=[interactions, items],
         interactions=[_interactions(interactions, columns, rating_range)],
-        items=_items(items, columns),
+        items=items_table(items, columns),
     )
 
 
@@ -91,7 +91,8 @@ def _interaction(
     return Interaction(user, item, timestamp, rating)
 
 
-def _items(path: pathlib.Path, columns: Columns) -> Table[Item]:
+def items_table(path: pathlib.Path, columns: Columns = DEFAULT_COLUMNS) -> Table[Item]:
+    """Opens a table of items. Raises InputError if it cannot be read or lacks a column."""
     named = [name for name in (getattr(columns, kind) for kind in _TEXT_COLUMNS) if name is not None]
     table = reading.open_table(path, [columns.item, *named], functools.partial(_item, columns))
     if named:
