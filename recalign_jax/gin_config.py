@@ -22,6 +22,7 @@ from recalign_jax.errors import InputError, did_you_mean
 _CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
 PROJECT_ROOT = _CHECKOUT if (_CHECKOUT / "gin_configs").is_dir() else pathlib.Path(sys.prefix)
 _BINDING = re.compile(r"^([\w./]+) = (.*)$", re.MULTILINE)
+_INCLUDE = re.compile(r"^include '(.+)'", re.MULTILINE)
 _UNDEFINED_MACRO = re.compile(r"No bindings specified for '(.+)/gin\.macro'")
 _GIN_ERRORS = (ValueError, TypeError, SyntaxError, AttributeError, OSError, ImportError, tokenize.TokenError)
 
@@ -35,7 +36,7 @@ gin.config._FILE_READERS[:] = [
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds `--gin_file` (several) and documents `--gin.NAME=value`, which `bindings_of` picks up."""
     parser.add_argument("--gin_file", action="append", default=[], metavar="FILE", help="a gin file; may be repeated")
-    parser.epilog = "--gin.NAME=value overrides a macro or a parameter, as --gin.TRAIN_STEPS=200"
+    parser.epilog = "--gin.NAME=value overrides a macro or a parameter, as --gin.VOCABULARY=PATH"
 
 
 def bindings_of(arguments: Sequence[str]) -> list[tuple[str, str]]:
@@ -91,6 +92,18 @@ def parse(gin_files: Sequence[str], bindings: Sequence[tuple[str, str]]) -> None
 def known_files() -> list[str]:
     """The gin files of the project, relative to its root."""
     return sorted(str(path.relative_to(PROJECT_ROOT)) for path in (PROJECT_ROOT / "gin_configs").rglob("*.gin"))
+
+
+def model_files(gin_files: Sequence[str]) -> list[str]:
+    """Those of the files, and of what they include, that lie in a folder `models`."""
+    found: list[str] = []
+    for file in gin_files:
+        path = pathlib.Path(file) if pathlib.Path(file).is_file() else PROJECT_ROOT / file
+        if path.parent.name == "models":
+            found.append(file)
+        else:
+            found += model_files(_INCLUDE.findall(path.read_text(encoding="utf-8")))
+    return found
 
 
 def required(name: str, value: object, example: str) -> str:

@@ -4,6 +4,7 @@ warnings, which say whose they are."""
 
 import contextlib
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -152,6 +153,11 @@ def say(message: str) -> None:
     """Prints a line for the person (standard output, no markup interpreted)."""
     if speaks():
         Console().print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def next_step(*command: str) -> None:
+    """Says what to type next."""
+    say(f"Next: {shlex.join(command)}")
 
 
 def warn(message: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shlex
 
 import numpy as np
 import pytest
@@ -133,6 +134,17 @@ def test_train_evaluates_logs_and_reports(shop):
     assert "T5Config.emb_dim = 64" in (model_dir / "config.gin").read_text()
     assert list(model_dir.glob("events.out.tfevents*"))
     assert [path.name for path in (model_dir / "tries").iterdir()] == ["shop_token.npz"]
+
+
+def test_train_ends_with_what_to_type_next(shop, trained, capsys):
+    """The command that is printed evaluates the model; here with few beams."""
+    where = (f"--gin.MODEL_DIR={trained}", "--gin.MIXTURE_OR_TASK_NAME=shop_retrieval_aligned_token", shop.vocabulary)
+    capsys.readouterr()
+    assert cli.main(["train", "--data_dir", str(shop.folder), *FINETUNE, *FAST, *where]) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("Next: recalign "))
+    assert command[0] == "eval"
+    assert f"--gin_file={TINY[1]}" in command
+    assert cli.main([*command, "--gin.MAX_EVAL_USERS=3", "--gin.NUM_BEAMS=10"]) == 0
 
 
 def test_train_lowers_the_loss(shop):

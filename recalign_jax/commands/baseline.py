@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import gin
 
+from recalign_jax import terminal
 from recalign_jax.baselines import bprmf, itemknn, mf, popularity, sasrec, scores
 from recalign_jax.baselines.fit import FitOptions, Run, training_seconds
 from recalign_jax.checkpoint import saved
@@ -84,7 +85,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             title = f"{family}, {corpus.name}, {args.split} split, {args.method}"
             yield title, evaluate(corpus, family, answers, args.split, evaluation)
 
-    return report.publish(found(), corpus, told, args.output_dir)
+    told = report.publish(found(), corpus, told, args.output_dir)
+    if args.output_dir:
+        terminal.next_step("recalign", "report", "--runs", args.output_dir, "--output", "report.html")
+    else:
+        terminal.say("Next: the same with --output_dir DIR, for recalign report")
+    return told
 
 
 def _trained(args: argparse.Namespace, method: Method, corpus: Corpus, family: str) -> tuple[Any, dict[str, Any]]:

@@ -62,6 +62,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         round(args.max_shard_size * 1e9),
     )
     terminal.say(f"{args.input} ({checkpoint.input_format}), {count:,} parameters, written to {output}.")
+    if args.to == HUGGING_FACE:
+        terminal.next_step(
+            "python", "-c", f"import transformers; transformers.T5ForConditionalGeneration.from_pretrained('{output}')"
+        )
+    else:
+        terminal.say(f"Next: recalign train ... --gin.INITIAL_CHECKPOINT={output}")
     return {
         "parameters": count,
         "input_format": checkpoint.input_format,

@@ -87,6 +87,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check("checkpoint", checkpoint, args.folder, made)
     ok = all(check["status"] != "fail" for check in checks)
     terminal.say("All is well." if ok else "Something is broken: see the lines that begin with fail.")
+    if ok:
+        terminal.next_step("recalign", "prepare", "--help")
     about = {"platform": jax.default_backend(), "device_kind": jax.devices()[0].device_kind}
     return {"ok": ok, "devices": jax.device_count(), "processes": jax.process_count()} | about | {"checks": checks}
 

@@ -212,6 +212,11 @@ def _tell(results: pathlib.Path, output_dir: pathlib.Path, counts: dict[str, int
         terminal.warn(f"{counts['unknown_items']} items of rows are not in the catalogue: see unknown_items there.")
     if counts["without_history"]:
         terminal.say(f"{counts['without_history']} of them have no history: they got the most popular items.")
+    if results.suffix == ".jsonl":
+        terminal.next_step("head", "-n", "3", str(results))
+    else:
+        shown = f"from pyarrow import parquet; print(parquet.read_table('{results}').slice(0, 3).to_pylist())"
+        terminal.next_step("python", "-c", shown)
 
 
 def _hash(content: bytes) -> str:

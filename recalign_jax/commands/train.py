@@ -1,6 +1,7 @@
 """`recalign train`: trains a model, or goes on where MODEL_DIR stopped."""
 
 import argparse
+import ast
 import dataclasses
 import functools
 import importlib
@@ -56,11 +57,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with preemption.handled() as told_to_leave:
         result = train_command(args.data_dir, told_to_leave)
     terminal.say(f"Trained to step {result['step']}, loss {result['loss']:.4f}.")
+    checkpoint = result["model_dir"]
     if best := result.get("best"):
-        where = f"{result['model_dir']}/{saved.BEST}"
-        terminal.say(f"Best: {best['metric']} {best['value']:.4f} at step {best['step']}, {where}")
-    terminal.say(f"Next: recalign eval, with the same model file and --gin.CHECKPOINT_PATH={result['model_dir']}")
+        checkpoint = f"{checkpoint}/{saved.BEST}"
+        terminal.say(f"Best: {best['metric']} {best['value']:.4f} at step {best['step']}, {checkpoint}")
+    terminal.next_step(*evaluation_command(args, checkpoint))
     return result
+
+
+def evaluation_command(args: argparse.Namespace, checkpoint: str) -> list[str]:
+    """What to type to evaluate what was trained."""
+    bound = gin_config.snapshot()
+    names = {"TASK_NAME": "MIXTURE_OR_TASK_NAME", "VOCABULARY": "VOCABULARY"}
+    values = {name: ast.literal_eval(bound.get(of, "'?'")) for name, of in names.items()}
+    return [
+        *("recalign", "eval", *(["--data_dir", args.data_dir] if args.data_dir else [])),
+        *(f"--gin_file={file}" for file in [*gin_config.model_files(args.gin_file), "gin_configs/runs/eval.gin"]),
+        *(f"--gin.{name}={value}" for name, value in (values | {"CHECKPOINT_PATH": checkpoint}).items()),
+    ]
 
 
 @gin.configurable("train", module="recalign")

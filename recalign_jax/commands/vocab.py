@@ -28,5 +28,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = train_vocabulary([*corpus_text(corpus)], args.size, prompts.literals())
     with files.atomic_file(path) as aside:
         aside.write_bytes(model)
-    terminal.say(f"Written to {path}. Next: recalign train ... --gin.VOCABULARY={path}")
+    terminal.say(f"Written to {path}.")
+    gin_files = ("--gin_file=gin_configs/models/t5_tiny.gin", "--gin_file=gin_configs/runs/finetune.gin")
+    task = f"--gin.MIXTURE_OR_TASK_NAME={corpus.name}_retrieval_aligned_token"
+    terminal.next_step("recalign", "train", *gin_files, task, f"--gin.VOCABULARY={path}", "--gin.MODEL_DIR=DIR")
     return {"path": str(path), "size": args.size}
