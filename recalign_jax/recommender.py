@@ -115,7 +115,7 @@ def make_recommender(
             if permitted is None:
                 yield from retrieve(generate, params, trie, prompts, excluded, options.batch_size, sharding)
                 return
-            places = [np.flatnonzero(np.isin(permitted, items)) for items in excluded]
+            places = [_places(permitted, items) for items in excluded]
             for chosen, found, scores in retrieve(
                 generate, params, trie, prompts, places, options.batch_size, sharding
             ):
@@ -208,6 +208,12 @@ def _rating_trie(spec: TaskSpec) -> tuple[np.ndarray, Trie]:
     lengths = np.asarray([len(row) for row in rows])
     tokens = padded(rows, len(rows), int(lengths.max()), fill=PAD_ID)
     return values, build_trie(tokens, lengths, np.zeros(len(rows)), spec.num_tokens)
+
+
+def _places(rising: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Where those of the values that are in a rising array stand in it."""
+    places = np.searchsorted(rising, values)
+    return places[rising[np.minimum(places, len(rising) - 1)] == values]
 
 
 def _scores_of(wanted: np.ndarray, items: np.ndarray, scores: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ A list is a list, or one cell with `|` between, or with a JSON list. Rows are nu
 size, so that a part is known by its number; bad rows count.
 """
 
+import array
 import contextlib
 import functools
 import hashlib
@@ -152,8 +153,8 @@ def of_table(path: pathlib.Path, corpus: Corpus, needs: Needs) -> Requests:
 
 
 def _survey(table: Table[Request]) -> tuple[int, frozenset[int]]:
-    """The number of rows, and which of them are of a user that a row before them is of. 16 bytes a user."""
-    hashes, places, first_error, total = bytearray(), [], "", 0
+    """The number of rows, and which of them are of a user that a row before them is of. 24 bytes a user."""
+    hashes, places, first_error, total = bytearray(), array.array("q"), "", 0
     for total, (line, row) in enumerate(table.rows(), start=1):
         found = reading.parse_row(table.parse, row)
         if isinstance(found, RowError):
@@ -163,11 +164,11 @@ def _survey(table: Table[Request]) -> tuple[int, frozenset[int]]:
             places.append(total - 1)
     if not places:
         raise InputError(f"None of the {total} rows of {table.path} can be used. {first_error}".rstrip())
-    halves = np.frombuffer(bytes(hashes), np.uint64).reshape(-1, 2)
+    halves = np.frombuffer(hashes, np.uint64).reshape(-1, 2)
     order = np.lexsort((*halves.T,))
     ordered = halves[order]
     same = np.append(False, (ordered[1:] == ordered[:-1]).all(axis=1))
-    return total, frozenset(np.asarray(places)[order[same]].tolist())
+    return total, frozenset(np.frombuffer(places, np.int64)[order[same]].tolist())
 
 
 def _rejected(path: pathlib.Path, line: int, error: RowError) -> dict[str, Any]:
