@@ -30,6 +30,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["recalign_jax", "recalign_jax.*", "seqio_tasks", "seqio_tasks.*"]),
+    package_data={"recalign_jax.reporting": ["published.json", "templates/*"]},
     data_files=gin_files(),
     entry_points={"console_scripts": ["recalign = recalign_jax.cli:main"]},
     install_requires=[
@@ -42,6 +43,8 @@ setuptools.setup(
         # TensorFlow Datasets imports it and doesn't say so.
         "importlib_resources>=6.4",
         "jax>=0.10.2,<0.11",
+        "jinja2>=3.1",
+        "matplotlib>=3.9",
         "msgpack>=1.0",
         "numpy>=2.0",
         "optax>=0.2.8",

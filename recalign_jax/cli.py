@@ -25,6 +25,8 @@ COMMANDS = {
     "baseline": "train and evaluate a conventional recommender",
     "plan": "compile the train step for a TPU topology that isn't there",
     "doctor": "check devices, mesh, memory, a step, a checkpoint",
+    "runs": "list runs with state, step and best metric",
+    "report": "one page about runs: curves, tables, samples",
 }
 # These may run as several processes.
 RUNS_ON_DEVICES = ("train", "eval", "infer", "doctor")

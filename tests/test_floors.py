@@ -21,7 +21,7 @@ ROOMS = (
     {"seqio_tasks", "recalign_jax.decoding", "recalign_jax.checkpoint"},
     {"recalign_jax.evaluation", "recalign_jax.inference", "recalign_jax.recommender"},
     {"recalign_jax.training"},
-    {"recalign_jax.baselines"},
+    {"recalign_jax.baselines", "recalign_jax.reporting"},
     {"recalign_jax.cli", "recalign_jax.commands"},
 )
 ONE_ROOM_FLOORS = (0, 6)

@@ -1,0 +1,1 @@
+"""What runs left in their folders, listed and shown on one page."""

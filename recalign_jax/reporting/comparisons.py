@@ -1,0 +1,228 @@
+"""What was evaluated alike stands side by side: a row a run, its seeds together, and published figures below."""
+
+import functools
+import json
+import pathlib
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from recalign_jax.corpus.corpus import Corpus
+from recalign_jax.reporting.runs import Evaluation, Run
+from recalign_jax.training import steering
+
+# family -> its metrics in a table, and the one of bars and slices.
+METRICS = {
+    "retrieval": (
+        *("recall@5", "ndcg@5", "recall@10", "ndcg@10", "mrr@10", "recall@10_unfiltered", "ndcg@10_unfiltered"),
+        *("coverage@10", "popularity_bias@10"),
+    ),
+    "ranking": ("hr@1", "hr@5", "ndcg@5", "hr@10", "ndcg@10", "mrr@10"),
+    "rating": ("rmse", "mae", "rmse_argmax", "mae_argmax"),
+}
+MAIN = {"retrieval": "ndcg@10", "ranking": "ndcg@10", "rating": "rmse"}
+_PUBLISHED = pathlib.Path(__file__).parent / "published.json"
+
+
+class Cell(NamedTuple):
+    """A figure with what is known of its spread: a 95 % interval over users, or the deviation over seeds."""
+
+    value: float
+    interval: tuple[float, float] | None = None
+    deviation: float | None = None
+
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """Of the interval, or a deviation below and above."""
+        if self.deviation is None:
+            return self.interval
+        return self.value - self.deviation, self.value + self.deviation
+
+
+class Row(NamedTuple):
+    """What one run, or the seeds of one, reached.
+
+    Attributes:
+      label: of the run.
+      detail: what else is to say, as the number of seeds or a source.
+      cells: by metric; what isn't known is missing.
+      users: on how many it was evaluated; None of a published row.
+      slices: fact -> part -> (cell of the main metric, users).
+      evaluation: where it stands, of several seeds the first one's; None of a published row.
+    """
+
+    label: str
+    detail: str
+    cells: dict[str, Cell]
+    users: int | None
+    slices: dict[str, dict[str, tuple[Cell, int]]]
+    evaluation: Evaluation | None
+
+
+class Comparison(NamedTuple):
+    """Rows of one family on one split of a corpus ("" where nothing says which)."""
+
+    corpus: str
+    split: str
+    family: str
+    metrics: tuple[str, ...]
+    rows: list[Row]
+    published: list[Row]
+
+    @property
+    def main(self) -> str:
+        return MAIN[self.family]
+
+    def best(self, metric: str) -> float | None:
+        """The best value of a metric among our rows; None if there is no better, or nothing to compare."""
+        values = [row.cells[metric].value for row in self.rows if metric in row.cells]
+        if len(values) < 2 or metric not in METRICS[self.family] or metric.startswith(("coverage", "popularity")):
+            return None
+        return min(values) if lower_is_better(metric) else max(values)
+
+
+def lower_is_better(metric: str) -> bool:
+    return bool(steering.LOWER_IS_BETTER.search(metric))
+
+
+def labels(
+    runs: Sequence[Run], evaluations: Sequence[Evaluation], corpus_of: Callable[[Run | Evaluation], str]
+) -> dict[Run | Evaluation, str]:
+    """How runs, and evaluations without one, are called: a training by its folder, a baseline by its method.
+
+    Runs that differ in their seed alone have one label. Where different ones of a corpus would have the same, their
+    folders tell them apart.
+    """
+    groups: dict[Any, list[Run | Evaluation]] = {}
+    for run in runs:
+        groups.setdefault(_but_for_the_seed(run), []).append(run)
+    for members in list(groups.values()):
+        seeds = [member.seed for member in members if isinstance(member, Run)]
+        if len(set(seeds)) < len(seeds):  # the same again is no other seed
+            groups |= {id(member): [member] for member in members}
+            members.clear()
+    for evaluation in evaluations:
+        if evaluation.run is None:
+            groups[id(evaluation)] = [evaluation]
+    short: dict[tuple[str, str], list[list[Run | Evaluation]]] = {}
+    for members in filter(None, groups.values()):
+        short.setdefault((corpus_of(members[0]), _method(members[0]) or "/".join(_parts(members))), []).append(members)
+    return {
+        member: _told_apart(label, _parts(members), [_parts(one) for one in same]) if len(same) > 1 else label
+        for (_, label), same in short.items()
+        for members in same
+        for member in members
+    }
+
+
+def _told_apart(label: str, parts: list[str], of_all: list[list[str]]) -> str:
+    """A label that several have, with the parts of the path that not all of them have."""
+    shown = "/".join(part for part in parts if not all(part in others for others in of_all))
+    return shown if label in shown else f"{label} ({shown})" if shown else label
+
+
+def _but_for_the_seed(run: Run) -> Any:
+    """Equal for runs that differ in nothing but their seed; the run itself while its configuration isn't written."""
+    if not run.config:
+        return id(run)
+    ignored = ("SEED", "MODEL_DIR", "TrainOptions.seed", "train.model_dir", "TrainOptions.model_dir")
+    values = {name: repr(value) for name, value in run.values.items() if name not in ignored}
+    return run.method, frozenset(run.corpora.items()), frozenset(values.items())
+
+
+def _method(one: Run | Evaluation) -> str:
+    return one.method if isinstance(one, Run) else one.told.get("method", "")
+
+
+def _parts(members: Sequence[Run | Evaluation]) -> list[str]:
+    """The parts of the path of one run, or those that the paths of several have in common."""
+    paths = [pathlib.PurePath(member.name).parts for member in members]
+    shared = [column[0] for column in zip(*paths, strict=False) if len(set(column)) == 1]
+    return shared or list(paths[0])
+
+
+def compare(
+    evaluations: Sequence[Evaluation],
+    labels: dict[Run | Evaluation, str],
+    corpus_of: Callable[[Run | Evaluation], str],
+    corpora: dict[str, Corpus],
+) -> list[Comparison]:
+    """Puts evaluations of one corpus, split and family together, the seeds of a run in one row, the best row first."""
+    grouped: dict[tuple[str, str, str], dict[tuple[str, str], list[Evaluation]]] = {}
+    for evaluation in evaluations:
+        for family in METRICS:
+            if evaluation.told.get(family, {}).get(MAIN[family]) is not None:
+                key = (corpus_of(evaluation), evaluation.told.get("split", ""), family)
+                by_label = grouped.setdefault(key, {})
+                by_label.setdefault((labels[evaluation.run or evaluation], _place(evaluation)), []).append(evaluation)
+    order = list(METRICS)
+    found = []
+    for corpus, split, family in sorted(grouped, key=lambda key: (key[0], key[1], order.index(key[2]))):
+        by_label, main = grouped[corpus, split, family], MAIN[family]
+        names = [label for label, _ in by_label]
+        rows = [
+            _row(label, place if names.count(label) > 1 else "", members, family)
+            for (label, place), members in by_label.items()
+        ]
+        sign = 1 if lower_is_better(main) else -1
+        rows.sort(key=lambda row: (sign * row.cells[main].value, row.label))
+        published = _published(corpora.get(corpus), family) if split == "test" else []
+        shown = tuple(m for m in METRICS[family] if any(m in row.cells for row in (*rows, *published)))
+        found.append(Comparison(corpus, split, family, shown, rows, published))
+    return found
+
+
+def _place(evaluation: Evaluation) -> str:
+    """Where an evaluation lies in its run's folder, which tells several of one run apart; else ""."""
+    if evaluation.run is None or evaluation.run.folder not in evaluation.folder.parents:
+        return ""
+    return str(evaluation.folder.relative_to(evaluation.run.folder))
+
+
+def _row(label: str, place: str, members: Sequence[Evaluation], family: str) -> Row:
+    summaries = [member.told[family] for member in members]
+    details = [place, f"{len(members)} seeds" if len(members) > 1 else ""]
+    if len(members) == 1 and "step" in members[0].told:
+        details.append(f"step {members[0].told['step']:,}")
+    cells = {metric: cell for metric in METRICS[family] if (cell := _cell(summaries, metric))}
+    slices: dict[str, dict[str, tuple[Cell, int]]] = {}
+    for fact, parts in summaries[0].get("slices", {}).items():
+        for name, part in parts.items():
+            of_all = [summary.get("slices", {}).get(fact, {}).get(name, {}) for summary in summaries]
+            if cell := _cell(of_all, MAIN[family]):
+                slices.setdefault(fact, {})[name] = (cell, part["users"])
+    return Row(label, ", ".join(filter(None, details)), cells, summaries[0].get("users"), slices, members[0])
+
+
+def _cell(summaries: Sequence[dict[str, Any]], metric: str) -> Cell | None:
+    values = [summary[metric] for summary in summaries if summary.get(metric) is not None]
+    if len(values) < len(summaries):
+        return None
+    if len(values) > 1:
+        return Cell(statistics.mean(values), deviation=statistics.stdev(values))
+    interval = summaries[0].get("intervals", {}).get(metric)
+    return Cell(values[0], interval and tuple(interval))
+
+
+@functools.cache
+def _papers() -> dict[str, Any]:
+    return json.loads(_PUBLISHED.read_text(encoding="utf-8"))
+
+
+def sources(comparisons: Sequence[Comparison]) -> list[tuple[str, str]]:
+    """The papers that published rows are from, by how they are quoted."""
+    quoted = {row.detail for comparison in comparisons for row in comparison.published}
+    return [(name, title) for name, title in _papers()["sources"].items() if name in quoted]
+
+
+def _published(corpus: Corpus | None, family: str) -> list[Row]:
+    """Published rows for a corpus that is the one of the papers: by its name, users and items."""
+    about = _papers()["corpora"].get(corpus.name, {}) if corpus else {}
+    if corpus is None or (about.get("users"), about.get("items")) != (corpus.num_users, corpus.num_items):
+        return []
+    table = about.get(family, {"rows": []})
+    return [
+        Row(name, source, cells, None, {}, None)
+        for name, source, values in table["rows"]
+        if (cells := {m: Cell(v) for m, v in zip(table["metrics"], values, strict=True) if v is not None})
+    ]
