@@ -6,7 +6,7 @@ DATA_DIR holds the corpora `amazon_beauty`, `amazon_toys`, and the same with `_s
 real timestamps by `--tie_break shuffle`), and `movielens`; a row whose corpus isn't there is left out. Each run is one
 `recalign baseline`, which is printed and keeps its results in OUTPUT/SPLIT/CORPUS/ROW/SEED; what is there already isn't
 run again, so the queue can be stopped at any time (of a training that was interrupted, `training_seconds` are the sum
-of its parts up to their last checkpoints). Prints a Markdown table of means and standard deviations over the seeds, and
+of its parts up to their last checkpoints). Prints Markdown tables of means and standard deviations over the seeds, and
 last one JSON line with `rows`, each with its `runs`, `mean` and `deviation`.
 """
 
@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SEEDS = (0, 1, 2)
-RETRIEVAL = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "recall@10_unfiltered", "ndcg@10_unfiltered")
-RANKING = ("hr@1", "hr@5", "hr@10", "ndcg@10")
-RATING = ("rmse", "mae")
+FAMILIES = {
+    "retrieval": ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "recall@10_unfiltered", "ndcg@10_unfiltered"),
+    "ranking": ("hr@1", "hr@5", "hr@10", "ndcg@10"),
+    "rating": ("rmse", "mae"),
+}
 
 
 class Row(NamedTuple):
@@ -84,7 +86,7 @@ def main() -> None:
         runs = [run(row, seed, args) for seed in (SEEDS if row.trained else SEEDS[:1])]
         table.append({"corpus": row.corpus, "row": row.name} | summary(runs))
     for corpus in dict.fromkeys(row["corpus"] for row in table):
-        print_table(corpus, [row for row in table if row["corpus"] == corpus])
+        print_tables(corpus, [row for row in table if row["corpus"] == corpus])
     print(json.dumps({"split": args.split, "rows": table}))
 
 
@@ -107,7 +109,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation of every figure over the seeds."""
     figures: dict[str, list[float]] = {}
     for found in runs:
-        for family, names in (("retrieval", RETRIEVAL), ("ranking", RANKING), ("rating", RATING)):
+        for family, names in FAMILIES.items():
             for name in names if family in found else ():
                 figures.setdefault(f"{family} {name}", []).append(found[family][name])
         if "best" in found:
@@ -120,21 +122,26 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def print_table(corpus: str, table: list[dict[str, Any]]) -> None:
-    """Markdown: a row a method, a column a figure that one of them has."""
-    names = list(dict.fromkeys(name for row in table for name in row["mean"]))
-    print(f"\n{corpus}\n\n| | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
-    for row in table:
-        print(f"| {row['row']} | {' | '.join(cell(row, name) for name in names)} |")
+def print_tables(corpus: str, table: list[dict[str, Any]]) -> None:
+    """A Markdown table a family: a row a method, a column a figure."""
+    for family, names in FAMILIES.items():
+        columns = {f"{family} {name}": name.replace("_unfiltered", ", unfiltered") for name in names}
+        columns |= {"epoch": "epoch", "training_seconds": "seconds"}
+        rows = [row for row in table if set(columns) & set(row["mean"]) - {"epoch", "training_seconds"}]
+        if rows:
+            print(f"\n{corpus}, {family}\n\n| | {' | '.join(columns.values())} |\n|---|{'---|' * len(columns)}")
+        for row in rows:
+            print(f"| {row['row']} | {' | '.join(cell(row, name) for name in columns)} |")
 
 
 def cell(row: dict[str, Any], name: str) -> str:
     """Mean, and deviation where there are several runs."""
     if name not in row["mean"]:
         return ""
-    digits = 0 if name in ("epoch", "training_seconds") else 4
-    mean, deviation = (f"{row[part][name]:.{digits}f}" for part in ("mean", "deviation"))
-    return mean if row["runs"] == 1 or not digits else f"{mean} ± {deviation}"
+    if name in ("epoch", "training_seconds"):
+        return f"{row['mean'][name]:.0f}"
+    mean, deviation = (f"{row[part][name]:.4f}".removeprefix("0") for part in ("mean", "deviation"))
+    return mean if row["runs"] == 1 else f"{mean} ± {deviation}"
 
 
 if __name__ == "__main__":

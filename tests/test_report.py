@@ -1,6 +1,7 @@
 """`recalign report`: the page says what stands in the folders of runs, whatever they lack, and nothing else."""
 
 import html.parser
+import importlib.metadata
 import itertools
 import json
 import pathlib
@@ -332,6 +333,11 @@ def test_plots_are_files_of_their_own(shop, made):
 # What is missing or damaged.
 
 
+def test_versions_are_those_of_the_runs_too(made):
+    _, sections = made
+    assert f"jax {importlib.metadata.version('jax')}" in text_of(sections["versions"])
+
+
 def test_without_the_corpus_the_page_says_so(shop, tmp_path):
     shutil.copytree(shop / "runs", tmp_path / "runs")
     _, sections = report(tmp_path)
@@ -355,6 +361,11 @@ def test_another_corpus_of_that_name_is_not_shown(shop, tmp_path):
 def test_an_evaluation_alone(shop, tmp_path):
     shutil.copytree(shop / "runs" / "popularity", tmp_path / "runs")
     shutil.copytree(shop / "data", tmp_path / "data")
+    _, sections = report(tmp_path)
+    assert "popularity" in table(sections["metrics"], "Retrieval, shop, test")
+    [path] = (tmp_path / "runs").rglob("metrics.json")
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in told.items() if name != "corpus"}))
     _, sections = report(tmp_path)
     assert "The corpus is not recorded" in text_of(sections["metrics"])
     assert "Left out" in text_of(sections["curves"])

@@ -71,7 +71,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     evaluation = EvaluationOptions()
     if args.max_users is not None:
         evaluation = dataclasses.replace(evaluation, max_users=args.max_users)
-    told = {"method": args.method, "split": args.split}
+    tasks = [f"{corpus.name}_{family}" for family in families]
+    told = {"method": args.method, "corpus": corpus.name, "tasks": tasks, "split": args.split}
     if issubclass(method.options, FitOptions):
         answers, of_training = _trained(args, method, corpus, families[0])
         told |= of_training

@@ -21,6 +21,8 @@ METRICS = {
     "rating": ("rmse", "mae", "rmse_argmax", "mae_argmax"),
 }
 MAIN = {"retrieval": "ndcg@10", "ranking": "ndcg@10", "rating": "rmse"}
+_RANDOM = " of the random 8:1:1"
+_PUBLISHED_SPLITS = {"retrieval": "test", "ranking": "test", "rating": f"test{_RANDOM}"}
 _PUBLISHED = pathlib.Path(__file__).parent / "published.json"
 
 
@@ -152,7 +154,7 @@ def compare(
     for evaluation in evaluations:
         for family in METRICS:
             if evaluation.told.get(family, {}).get(MAIN[family]) is not None:
-                key = (corpus_of(evaluation), evaluation.told.get("split", ""), family)
+                key = (corpus_of(evaluation), _split(evaluation, family), family)
                 by_label = grouped.setdefault(key, {})
                 by_label.setdefault((labels[evaluation.run or evaluation], _place(evaluation)), []).append(evaluation)
     order = list(METRICS)
@@ -166,10 +168,16 @@ def compare(
         ]
         sign = 1 if lower_is_better(main) else -1
         rows.sort(key=lambda row: (sign * row.cells[main].value, row.label))
-        published = _published(corpora.get(corpus), family) if split == "test" else []
+        published = _published(corpora.get(corpus), family) if split == _PUBLISHED_SPLITS[family] else []
         shown = tuple(m for m in METRICS[family] if any(m in row.cells for row in (*rows, *published)))
         found.append(Comparison(corpus, split, family, shown, rows, published))
     return found
+
+
+def _split(evaluation: Evaluation, family: str) -> str:
+    """The split; a random one of ratings isn't that of leave-one-out."""
+    random = any("_rating_random" in task for task in evaluation.told.get("tasks", ()))
+    return evaluation.told.get("split", "") + (_RANDOM if family == "rating" and random else "")
 
 
 def _place(evaluation: Evaluation) -> str:

@@ -42,8 +42,10 @@ def load(runs: Iterable[Run], named: Iterable[str], data_dir: str | None) -> tup
 def corpus_of(one: Run | Evaluation, corpora: dict[str, Corpus]) -> str:
     """The name of the corpus that a run or evaluation is of; "" where nothing says it, or it is several.
 
-    An evaluation doesn't name its corpus: it is that of its run, or the one whose users and targets it has.
+    Where an evaluation doesn't name it, it is that of its run, or the one whose users and targets it has.
     """
+    if isinstance(one, Evaluation) and "corpus" in one.told:
+        return one.told["corpus"]
     run = one if isinstance(one, Run) else one.run
     if run is not None and len(run.corpora) == 1:
         return next(iter(run.corpora))

@@ -41,7 +41,8 @@ def make(runs: Sequence[Run], evaluations: Sequence[Evaluation], named: Sequence
       named: corpora that evaluations may be of, beside those that the runs name.
       data_dir: where corpora are; what can't be had is said on the page.
     """
-    found, missing_corpora = corpora.load(runs, named, data_dir)
+    told = [one.told["corpus"] for one in evaluations if "corpus" in one.told]
+    found, missing_corpora = corpora.load(runs, [*named, *told], data_dir)
     everything: list[Run | Evaluation] = [*runs, *evaluations]
     of = {one: corpora.corpus_of(one, found) for one in everything}
     labels = comparisons.labels(runs, evaluations, of.__getitem__)
@@ -84,6 +85,7 @@ def make(runs: Sequence[Run], evaluations: Sequence[Evaluation], named: Sequence
         "recommended": [part for one in compared if (part := _recommended(one, found))],
         "configured": [(labels[run], run) for run in trained if run.config],
         "differences": _differences([run for run in trained if run.kind == "train"]),
+        "versions_of_runs": [(labels[run], run.versions) for run in trained if run.versions],
         "versions": [("recalign_jax", __version__), ("Python", platform.python_version())]
         + [(name, metadata.version(name)) for name in _LIBRARIES],
     }

@@ -36,6 +36,7 @@ class Run:
       config: the text of config.gin; "" where there is none.
       values: what stands in it, see `gin_text.values`.
       identity: of its newest readable checkpoint; empty where there is none.
+      versions: of packages, where they are recorded.
     """
 
     folder: pathlib.Path
@@ -44,6 +45,7 @@ class Run:
     config: str
     values: dict[str, Any]
     identity: dict[str, Any]
+    versions: dict[str, str]
 
     @property
     def kind(self) -> str:
@@ -187,7 +189,11 @@ def _read_run(folder: pathlib.Path) -> Run:
         config = (folder / "config.gin").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         config = ""
-    return Run(folder, "", records, config, gin_text.values(config), _identity(folder))
+    try:
+        versions = json.loads((folder / log.VERSIONS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        versions = {}
+    return Run(folder, "", records, config, gin_text.values(config), _identity(folder), versions)
 
 
 def _identity(folder: pathlib.Path) -> dict[str, Any]:
@@ -211,11 +217,11 @@ def _read_evaluation(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _run_of(folder: pathlib.Path, told: dict[str, Any], runs: dict[pathlib.Path, Run]) -> Run | None:
-    """The run whose model_dir is told, or that an evaluation lies below, or (of a baseline) that lies in its folder."""
-    if "model_dir" in told and (found := runs.get(pathlib.Path(told["model_dir"]).resolve())):
-        return found
+    """The run that an evaluation lies below (folders are moved and copied), or whose model_dir is told, or (of a
+    baseline) that lies in its folder."""
     above = next((runs[path] for path in (folder, *folder.parents) if path in runs), None)
-    if above is not None or "method" not in told:
-        return above
+    named = runs.get(pathlib.Path(told["model_dir"]).resolve()) if "model_dir" in told else None
+    if above or named or "method" not in told:
+        return above or named
     inside = [run for path, run in runs.items() if path.parent == folder and run.method == told["method"]]
     return inside[0] if len(inside) == 1 else None

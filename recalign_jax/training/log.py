@@ -1,16 +1,21 @@
-"""The record of a run: `metrics.jsonl`, one object a logged step, and TensorBoard files."""
+"""The record of a run: `metrics.jsonl`, one object a logged step, TensorBoard files, and `versions.json`."""
 
+import importlib.metadata
 import json
 import pathlib
+import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import tensorboardX
 
+from recalign_jax import __version__
 from recalign_jax.files import atomic_file
 
 METRICS_FILE = "metrics.jsonl"
+VERSIONS_FILE = "versions.json"
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def read(model_dir: str) -> list[dict[str, Any]]:
@@ -23,6 +28,13 @@ def read(model_dir: str) -> list[dict[str, Any]]:
         except ValueError:
             break
     return records
+
+
+def versions() -> dict[str, str]:
+    """What a run is made with, and on."""
+    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    device = jax.devices()[0]
+    return {"recalign_jax": __version__, "python": platform.python_version(), **packages, "device": device.device_kind}
 
 
 class RunLog:
@@ -40,6 +52,8 @@ class RunLog:
         path = pathlib.Path(model_dir) / METRICS_FILE
         with atomic_file(path) as aside:
             aside.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        with atomic_file(path.with_name(VERSIONS_FILE)) as aside:
+            aside.write_text(json.dumps(versions()) + "\n", encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
         self._tensorboard = tensorboardX.SummaryWriter(model_dir)
 

@@ -1,0 +1,107 @@
+"""What docs/results.md puts side by side, and the claims that it holds against the runs of benchmarks/study.py."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from benchmarks import study
+
+
+class Table(NamedTuple):
+    """What stands side by side: rows of the study, and baselines by their folders CORPUS/ROW."""
+
+    title: str
+    family: str
+    rows: Sequence[str]
+    baselines: Sequence[str] = ()
+
+
+class Claim(NamedTuple):
+    """That `better` is better than `worse`; each a row of the study, or a baseline as CORPUS/ROW.
+
+    Attributes:
+      text: what is claimed.
+      family: of the metrics.
+      better: whose figure should be higher; of RMSE lower.
+      worse: the other.
+      metric: of `better`.
+      other_metric: of `worse`, if it is another one.
+      times: `better` should be above so many times `worse`.
+    """
+
+    text: str
+    family: str
+    better: str
+    worse: str
+    metric: str = "ndcg@10"
+    other_metric: str | None = None
+    times: float = 1.0
+
+
+CORPORA = {"beauty": "Beauty", "toys": "Toys"}
+CONVENTIONAL = ("popularity", "itemknn", "bprmf", "sasrec")
+TASKS = {"retrieval_mim": "MIM", "retrieval_mlm": "MLM", "retrieval_aligned": "MIM + MLM"}
+
+
+def tables() -> list[Table]:
+    """The tables, in the order of the page."""
+    found = []
+    for corpus, title in CORPORA.items():
+        rows = [f"{corpus}_{item_format}_{mixture}" for item_format in ("token", "title") for mixture in study.MIXTURES]
+        found.append(Table(f"Retrieval on {title}", "retrieval", rows, _baselines(f"amazon_{corpus}")))
+    shuffled = ("beauty_shuffled_token_retrieval_aligned",)
+    title = "Retrieval on Beauty, equal timestamps shuffled"
+    found.append(Table(title, "retrieval", shuffled, _baselines("amazon_beauty_shuffled")))
+    for corpus, title in CORPORA.items():
+        rows = [f"{corpus}_token_{mixture}" for mixture in ("ranking", "ranking_aligned")]
+        found.append(Table(f"Ranking on {title}", "ranking", rows, _baselines(f"amazon_{corpus}")))
+    rows = [f"movielens_token_{mixture}" for mixture in ("rating", "rating_aligned")]
+    rated = ("movielens/mf_rating", "movielens/mf_rating_biases")
+    found.append(Table("Rating on MovieLens-100K", "rating", rows, rated))
+    choices = ("beauty_token_retrieval", "beauty_title_retrieval", "beauty_token_retrieval_aligned", *study.CHOICES)
+    found.append(Table("Choices, on Beauty", "retrieval", choices))
+    return found
+
+
+def _baselines(corpus: str) -> list[str]:
+    return [f"{corpus}/{method}" for method in CONVENTIONAL]
+
+
+def claims() -> list[Claim]:
+    """What the method says, or would have to show, in the order of the page."""
+    found = []
+    for corpus, title in CORPORA.items():
+        for item_format in ("token", "title"):
+            alone = f"{corpus}_{item_format}_retrieval"
+            for mixture, added in TASKS.items():
+                text = f"{added} beside retrieval helps retrieval ({title}, {item_format})"
+                found.append(Claim(text, "retrieval", f"{corpus}_{item_format}_{mixture}", alone))
+        for method, name in (("sasrec", "SASRec"), ("itemknn", "item-kNN")):
+            text = f"The aligned model is above {name} ({title}, token)"
+            aligned = f"{corpus}_token_retrieval_aligned"
+            found.append(Claim(text, "retrieval", aligned, f"amazon_{corpus}/{method}"))
+        text = f"With titles the aligned model has more than twice the recall of popularity ({title})"
+        aligned, popular = f"{corpus}_title_retrieval_aligned", f"amazon_{corpus}/popularity"
+        found.append(Claim(text, "retrieval", aligned, popular, "recall@10", times=2.0))
+    for corpus, title in CORPORA.items():
+        alone, aligned = f"{corpus}_token_ranking", f"{corpus}_token_ranking_aligned"
+        found.append(Claim(f"BPR beside ranking helps ranking ({title})", "ranking", aligned, alone))
+        text = f"Ranking + BPR is above SASRec ({title})"
+        found.append(Claim(text, "ranking", aligned, f"amazon_{corpus}/sasrec"))
+    alone, aligned = "movielens_token_rating", "movielens_token_rating_aligned"
+    found.append(Claim("BPR beside rating helps rating", "rating", aligned, alone, "rmse"))
+    text = "Rating + BPR has a lower error than biased MF"
+    found.append(Claim(text, "rating", aligned, "movielens/mf_rating", "rmse"))
+    plain = "beauty_token_retrieval"
+    for text, better, worse in (
+        ("Items as tokens are better than titles, at the same tokens", plain, "beauty_title_retrieval"),
+        ("Items as tokens are better than digits, at the same tokens", plain, "beauty_id_retrieval"),
+        ("Histories of 20 items are better than of 10", plain, f"{plain}_history_10"),
+        ("Histories of 20 items are better than of 5", plain, f"{plain}_history_5"),
+        ("Every prefix of a history as an example is better than the longest", plain, f"{plain}_no_prefixes"),
+        ("Neighbours in the prompt help", f"{plain}_neighbours", plain),
+        ("Mixing in proportion is better than equally", f"{plain}_aligned", f"{plain}_aligned_equal"),
+    ):
+        found.append(Claim(text, "retrieval", better, worse))
+    text = "Leaving the items of the history out helps"
+    found.append(Claim(text, "retrieval", plain, plain, other_metric="ndcg@10_unfiltered"))
+    return found
