@@ -1,8 +1,8 @@
 """The names of tasks and mixtures, and what they are made of.
 
 A task's name is CORPUS_FAMILY[_FORMAT], as `amazon_beauty_retrieval` or `amazon_beauty_mim_token`; a
-mixture's is CORPUS_FAMILY_aligned[_FORMAT] or CORPUS_all[_FORMAT]. Of several corpora, joined by dots, every family
-and mixture is a mixture, as `amazon_beauty.amazon_toys_retrieval_aligned`.
+mixture's is CORPUS_MIXTURE[_FORMAT], as `amazon_beauty_retrieval_aligned_token`. Of several corpora, joined by dots,
+every family and mixture is a mixture, as `amazon_beauty.amazon_toys_retrieval_aligned`.
 """
 
 import pathlib
@@ -20,6 +20,8 @@ RATED_FAMILIES = ("rating", "rating_random")
 # mixture -> the families in it; those that a corpus can't give are left out of `all`.
 MIXTURES = {
     "retrieval_aligned": ("retrieval", "mim", "mlm"),
+    "retrieval_mim": ("retrieval", "mim"),
+    "retrieval_mlm": ("retrieval", "mlm"),
     "ranking_aligned": ("ranking", "bpr"),
     "rating_aligned": ("rating", "bpr"),
     "all": ("retrieval", "ranking", "rating", "mim", "mlm", "bpr"),

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 
 import sentencepiece
 
-from recalign_jax.errors import InputError
+from recalign_jax.corpus.corpus import VOCABULARIES, data_dir_or_default
+from recalign_jax.errors import InputError, did_you_mean
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 NUM_SENTINELS = 100
@@ -61,6 +62,23 @@ class Vocabulary:
                 words.append(f"<item_{token - self.num_tokens}>")
         flush()
         return " ".join(filter(None, words))
+
+
+def find(name: str, data_dir: str | pathlib.Path | None) -> str:
+    """The path of a vocabulary: that of a file, or the name of one in DATA_DIR/vocabularies.
+
+    Raises:
+      InputError: when it is neither.
+    """
+    folder = data_dir_or_default(data_dir) / VOCABULARIES
+    for path in (pathlib.Path(name), folder / name):
+        if path.is_file():
+            return str(path)
+    hint = did_you_mean(name, [path.name for path in folder.glob("*.model")])
+    raise InputError(
+        f"Vocabulary {name} is neither a file nor the name of one in {folder}.{hint} Give a SentencePiece .model; "
+        "recalign vocab trains one."
+    )
 
 
 def load(path: str) -> Vocabulary:

@@ -1,6 +1,7 @@
 """Batch inference without a model: what is asked, filtered and answered, and jobs that are killed."""
 
 import gzip
+import hashlib
 import json
 import pathlib
 import shutil
@@ -17,7 +18,7 @@ from recalign_jax.corpus import more_items
 from recalign_jax.corpus.catalog import title_text
 from recalign_jax.corpus.corpus import with_items
 from recalign_jax.corpus.records import Item, ItemText, RowError
-from recalign_jax.errors import InputError
+from recalign_jax.errors import InputError, RunError
 from recalign_jax.inference import answers, chunks, filters, job, requests
 from recalign_jax.inference.answers import Models
 from recalign_jax.inference.requests import Needs
@@ -141,6 +142,45 @@ def test_a_table_without_any_good_row_is_an_error(shop_corpus, tmp_path):
         requests.of_table(tmp_path / "nothing.jsonl", shop_corpus, NEEDS)
 
 
+def test_cells_as_programs_write_them(shop_corpus):
+    """Blanks around what separates, whole numbers as floats, a column for each kind of history."""
+    corpus = with_items(shop_corpus, [Item("7", ItemText(title="Seven")), Item("8", ItemText(title="[Eight|8]"))])
+    for items in (" 7 | 8", [7.0, 8], "[7, 8]", '["7", "8"]'):
+        assert requests.of_row(corpus, NEEDS, {"user": 1, "items": items}).query.history.tolist() == [60, 61]
+    row = {"user": 1, "items": None, "titles": ["seven"]}
+    assert requests.of_row(corpus, NEEDS, row).query.history.tolist() == [60]
+    assert requests.of_row(corpus, NEEDS, {"user": 1, "titles": '["[eight|8]"]'}).query.history.tolist() == [61]
+    assert requests.of_row(corpus, NEEDS, {"user": 1, "titles": "[eight]"}).unknown == ("[eight]",)
+
+
+def test_bytes_that_are_no_text_are_rejected_and_written(shop_corpus, tmp_path):
+    path = tmp_path / "in.csv"
+    good = ids(shop_corpus, 3)[0]
+    path.write_bytes(f"user,items\nu1,{good}\nu2,caf".encode() + b"\xe9\n" + b'u3,"[""\\ud800""]"\n')
+    run_job(shop_corpus, path, tmp_path / "out")
+    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").open(encoding="utf-8")]
+    assert [reject["line"] for reject in rejected] == [3]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "recommendations.jsonl").open(encoding="utf-8")]
+    assert [row["user"] for row in rows] == ["u1", "u3"]
+    assert rows[1]["unknown_items"] == ['["\\ud800"]']  # half a character is no list
+
+
+def test_a_diverged_model_is_an_error_and_leaves_no_file(shop_corpus, table, tmp_path):
+    def answer(found, advance):
+        row = {"scores": [float("nan")], "method": "model", "unknown_items": []}
+        return [{"user": request.user, **row} for request in found]
+
+    with pytest.raises(RunError, match="no finite number"):
+        run_job(shop_corpus, table, tmp_path / "out", answer=answer)
+    assert not list((tmp_path / "out").glob("*.jsonl"))
+
+
+def test_an_output_dir_that_cannot_be_written(shop_corpus, table, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"OUTPUT_DIR .*file/out can't be written"):
+        run_job(shop_corpus, table, tmp_path / "file" / "out")
+
+
 def test_unknown_items_are_dropped_with_their_ratings_or_the_row_is_rejected(shop_corpus):
     known = ids(shop_corpus, 3, 4)
     row = {"user": "a", "items": [known[0], "gone", known[1]], "ratings": [1, 2, "3.5"]}
@@ -198,8 +238,9 @@ def test_filters_meet(shop_corpus, tmp_path):
     with pytest.raises(InputError, match="No item of shop passes"):
         filters.permitted_items(shop_corpus, str(deny), str(deny))
     deny.write_text("B1\nB2\n")
-    with pytest.raises(InputError, match=r"DENY .*shop has none of its item ids; the first is 'B1'"):
-        filters.permitted_items(shop_corpus, deny=str(deny))
+    with pytest.raises(InputError, match=r"ALLOW .*shop has none of its item ids; the first is 'B1'"):
+        filters.permitted_items(shop_corpus, str(deny))
+    assert len(filters.permitted_items(shop_corpus, deny=str(deny))) == 60  # what is denied may be gone
     with pytest.raises(InputError, match=r"nowhere\.txt"):
         filters.permitted_items(shop_corpus, allow=str(tmp_path / "nowhere.txt"))
 
@@ -357,7 +398,8 @@ def test_a_job_leaves_its_results_and_nothing_else(shop_corpus, table, calm, tmp
 
 def test_a_kill_at_any_change_of_the_disk_changes_nothing(shop_corpus, table, calm, tmp_path, monkeypatch):
     """Every rename, removal and new folder is once the moment of a kill, before it and after it."""
-    changes = ((files.os, "replace"), (chunks.shutil, "rmtree"), (pathlib.Path, "unlink"), (pathlib.Path, "mkdir"))
+    changes = [(pathlib.Path, "unlink"), (pathlib.Path, "mkdir"), (chunks.shutil, "rmtree")]
+    changes += [(files.os, "replace"), (files.os, "rename")]
     steps = 0
 
     def dying(function, moment, after):
@@ -392,7 +434,7 @@ def test_a_kill_at_any_change_of_the_disk_changes_nothing(shop_corpus, table, ca
     assert moment > 20
 
 
-@pytest.mark.parametrize("damage", ["cut", "emptied", "changed", "removed"])
+@pytest.mark.parametrize("damage", ["cut", "emptied", "changed", "removed", "no marker", "another job's"])
 def test_a_damaged_chunk_is_done_again(shop_corpus, table, calm, tmp_path, damage):
     models = Models(lists_by_number(4), None, None)
 
@@ -406,8 +448,18 @@ def test_a_damaged_chunk_is_done_again(shop_corpus, table, calm, tmp_path, damag
         run_job(shop_corpus, table, folder, answer=dies_at_the_third)
     chunk = folder / "unfinished" / "000001.jsonl"
     content = chunk.read_bytes()
+    marker = chunk.with_suffix(".done")
     if damage == "removed":
         chunk.unlink()
+    elif damage == "no marker":
+        marker.write_text("")
+    elif damage == "another job's":
+        # Chunks can outlive their job's own file where somebody deleted some of the folder.
+        told = json.loads(marker.read_text())
+        chunk.write_bytes(content.replace(b"u5", b"u9"))
+        other = {"sha256": hashlib.sha256(chunk.read_bytes()).hexdigest(), "bytes": len(content)}
+        marker.write_text(json.dumps(told | {"job": "0" * 64, "files": told["files"] | {"jsonl": other}}))
+        (folder / "unfinished" / "job.json").unlink()
     else:
         chunk.write_bytes({"cut": content[:-5], "emptied": b"", "changed": content.replace(b"u5", b"u9")}[damage])
     run_job(shop_corpus, table, folder)
@@ -424,6 +476,40 @@ def test_shards_share_the_work_and_the_last_puts_it_together(shop_corpus, table,
     assert run_job(shop_corpus, table, folder, shard=2, num_shards=3)["users"] == 11
 
 
+def test_two_shards_may_put_the_chunks_together_at_once(shop_corpus, table, calm, tmp_path, monkeypatch):
+    """At every change of the disk that one makes, another one does it all before."""
+    monkeypatch.setattr(chunks, "finish", lambda *args: None)
+    run_job(shop_corpus, table, tmp_path / "ready")
+    monkeypatch.undo()
+    about = json.loads((tmp_path / "ready" / "unfinished" / "job.json").read_text())
+
+    def met_another(moment):
+        """Puts together; whether another one did so at that moment."""
+        folder, steps, met = tmp_path / f"out{moment}", 0, False
+        shutil.copytree(tmp_path / "ready", folder)
+        found = chunks.done(folder, about, 3)
+
+        def after_another(function):
+            def call(*args, **kwargs):
+                nonlocal steps, met
+                steps += 1
+                if steps == moment:
+                    met = True
+                    chunks.finish(folder, about, found)
+                return function(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("replace", "rename"):
+                patch.setattr(files.os, name, after_another(getattr(files.os, name)))
+            assert chunks.finish(folder, about, found)["users"] == 11
+        assert contents(folder) == calm["jsonl"], moment
+        return met
+
+    assert sum(map(met_another, range(1, 9))) > 3
+
+
 def test_another_job_is_not_mixed_in(shop_corpus, table, tmp_path):
     folder = tmp_path / "out"
 
@@ -432,7 +518,7 @@ def test_another_job_is_not_mixed_in(shop_corpus, table, tmp_path):
 
     with pytest.raises(Killed):
         run_job(shop_corpus, table, folder, answer=dies)
-    with pytest.raises(InputError, match=r"another job that is unfinished \(chunk_rows: 4 then, 5 now\).*unfinished"):
+    with pytest.raises(InputError, match=r"another job that is unfinished; they differ in chunk_rows\."):
         run_job(shop_corpus, table, folder, size=5)
     run_job(shop_corpus, table, folder)
     first = contents(folder)
@@ -449,7 +535,6 @@ def test_a_finished_job_that_was_killed_while_sweeping_up_is_not_in_the_way(shop
     folder = tmp_path / "out"
     run_job(shop_corpus, table, folder)
     (folder / "unfinished").mkdir()
-    shutil.copy(folder / "job.json", folder / "unfinished" / "result.json")
     about = json.loads((folder / "job.json").read_text())["job"]
     (folder / "unfinished" / "job.json").write_text(json.dumps(about))
     assert run_job(shop_corpus, table, folder, size=5)["users"] == 11

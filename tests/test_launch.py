@@ -156,11 +156,12 @@ def test_slurm_hands_sigterm_to_the_tasks(slurm, tmp_path):
     assert "scontrol requeue 42" in output
 
 
-def test_an_array_gives_each_task_its_shard(tmp_path, programs):
-    """Tasks needn't count from 0."""
+@pytest.mark.parametrize("again", [{}, {"NUM_SHARDS": "4"}])
+def test_an_array_gives_each_task_its_shard(tmp_path, programs, again):
+    """Also where one task alone is started again."""
     programs("srun", 'printf "%s\\n" "$@"')
     where = {"SLURM_SUBMIT_DIR": str(tmp_path), "PYTHON": "python3"}
-    array = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "4"}
+    array = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "1" if again else "4", **again}
     status, output = run("slurm/infer.sbatch", "--gin.X=a b", folder=tmp_path, **where, **array)
     wanted = ["python3", "-m", "recalign_jax.cli", "infer", "--gin.X=a b", "--gin.SHARD=2", "--gin.NUM_SHARDS=4"]
     assert (status, output.splitlines()) == (0, wanted)

@@ -44,7 +44,7 @@ def test_states(tmp_path, capsys):
         age(tmp_path / name, 2 * runs.RUNNING_SECONDS)
     found = listed(tmp_path, capsys)
     assert {name: one["state"] for name, one in found.items()} == {
-        "finished": "finished", "running": "running", "stopped": "stopped", "early": "finished",
+        "finished": "finished", "running": "running", "stopped": "unfinished", "early": "finished",
     }  # fmt: skip
     assert found["early"]["best"] == {"step": 2, "metric": "validation_ndcg@10", "value": 0.3}
     assert (found["running"]["step"], found["running"]["last_step"]) == (3, 5)

@@ -18,7 +18,7 @@ from tests.corpora import prepared, write_tables
 
 LENGTHS = {"inputs": 160, "targets": 64}
 FAMILIES = ("retrieval", "ranking", "rating", "rating_random", "mim", "mlm", "bpr")
-MIXTURES = ("retrieval_aligned", "ranking_aligned", "rating_aligned", "all")
+MIXTURES = ("retrieval_aligned", "retrieval_mim", "retrieval_mlm", "ranking_aligned", "rating_aligned", "all")
 NAMES = {f"shop_{base}{suffix}" for base in (*FAMILIES, *MIXTURES) for suffix in ("", "_id", "_token")}
 
 
@@ -270,6 +270,8 @@ def two_corpora(tmp_path):
         ("shop_all", (("shop",), "all", "title")),
         ("shop_large_mlm", (("shop_large",), "mlm", "title")),
         ("shop_large_retrieval_aligned_token", (("shop_large",), "retrieval_aligned", "token")),
+        ("shop_retrieval_mim", (("shop",), "retrieval_mim", "title")),
+        ("shop_large_retrieval_mlm_token", (("shop_large",), "retrieval_mlm", "token")),
         ("shop_large.shop_retrieval_aligned", (("shop_large", "shop"), "retrieval_aligned", "title")),
     ],
 )

@@ -104,6 +104,25 @@ def test_a_folder_is_no_model(tmp_path):
         vocabulary.load(str(tmp_path))
 
 
+def test_a_vocabulary_is_found_by_its_path_or_its_name_in_the_data_dir(tmp_path, monkeypatch):
+    folder = tmp_path / "data" / "vocabularies"
+    folder.mkdir(parents=True)
+    (folder / "shop_1000.model").touch()
+    assert vocabulary.find("shop_1000.model", tmp_path / "data") == str(folder / "shop_1000.model")
+    assert vocabulary.find(str(folder / "shop_1000.model"), None) == str(folder / "shop_1000.model")
+    monkeypatch.setenv("RECALIGN_DATA_DIR", str(tmp_path / "data"))
+    assert vocabulary.find("shop_1000.model", None) == str(folder / "shop_1000.model")
+    # A file of that name here comes first.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shop_1000.model").touch()
+    assert vocabulary.find("shop_1000.model", None) == "shop_1000.model"
+    message = r"Vocabulary shop_100.model is neither a file nor .* in \S+/vocabularies. Did you mean 'shop_1000.model'"
+    with pytest.raises(InputError, match=message):
+        vocabulary.find("shop_100.model", None)
+    with pytest.raises(InputError, match="Vocabulary vocabularies is neither a file"):
+        vocabulary.find("vocabularies", tmp_path / "data")
+
+
 @pytest.mark.parametrize("nothing", [None, ""])
 def test_no_path(nothing):
     with pytest.raises(InputError, match=r"--gin\.VOCABULARY=PATH"):

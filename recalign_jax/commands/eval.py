@@ -13,7 +13,8 @@ from recalign_jax.corpus.corpus import load_corpus
 from recalign_jax.errors import InputError
 from recalign_jax.evaluation import report, results
 from recalign_jax.evaluation.results import Result
-from seqio_tasks import specs, task_names, vocabulary
+from seqio_tasks import specs, task_names
+from seqio_tasks import vocabulary as vocabularies
 from seqio_tasks.specs import TaskOptions, TaskSpec
 
 USES_GIN = True
@@ -46,13 +47,13 @@ def eval_command(
       task_name: a task or mixture.
       split: `validation` or `test`.
       checkpoint_path: MODEL_DIR, or one checkpoint in it.
-      vocabulary: path of a SentencePiece model.
+      vocabulary: a SentencePiece model, see `vocabularies.find`.
       output_dir: gets `metrics.json`, and `FAMILY.parquet` with a row a user; None for neither.
       mesh: devices along each axis; None puts all along `data`.
     """
     task_name = gin_config.required("TASK_NAME", task_name, "movielens_retrieval_token")
     checkpoint_path = gin_config.required("CHECKPOINT_PATH", checkpoint_path, "DIR")
-    vocabulary = gin_config.required("VOCABULARY", vocabulary, "PATH")
+    vocabulary = vocabularies.find(gin_config.required("VOCABULARY", vocabulary, "PATH"), data_dir)
     results.check_split(split)
     tasks = evaluated(task_name, vocabulary, data_dir)
     model = load_model(tasks[0], checkpoint_path, mesh, "EVAL_BATCH_SIZE")
@@ -64,7 +65,8 @@ def eval_command(
                 terminal.warn("Not every prompt has room for all candidates; all are scored. See MAX_INPUT_TOKENS.")
             yield f"{spec.name}, {split} split, step {model.step}", result
 
-    told = report.publish(found(), tasks[0].corpus, {"step": model.step, "split": split}, output_dir)
+    about = {"corpus": tasks[0].corpus.name, "tasks": [spec.name for spec in tasks], "split": split, "step": model.step}
+    told = report.publish(found(), tasks[0].corpus, about | {"model_dir": model.model_dir}, output_dir)
     families = [spec.family for spec in tasks]
     terminal.say(f"Next to it: {baseline_command(tasks[0].corpus.name, families, split, data_dir)}")
     return told
@@ -96,5 +98,5 @@ def evaluated(name: str, vocabulary_path: str, data_dir: str | None) -> list[Tas
         names = ", ".join(parts.of(corpus.name, family) for family in fitting)
         raise InputError(f"TASK_NAME {name} recommends nothing that could be evaluated. Give one of {names}, or a "
                          f"mixture, as {parts.of(corpus.name, 'all')}.")  # fmt: skip
-    words, options = vocabulary.load(vocabulary_path), TaskOptions()
+    words, options = vocabularies.load(vocabulary_path), TaskOptions()
     return [specs.make_spec(corpus, family, parts.item_format, words, options) for family in families]

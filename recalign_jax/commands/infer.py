@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import gin
 
-from recalign_jax import gin_config, partitioning, recommender, terminal
+from recalign_jax import __version__, gin_config, partitioning, recommender, terminal
+from recalign_jax.checkpoint import saved
 from recalign_jax.checkpoint.fingerprints import fingerprints
 from recalign_jax.commands.common import load_model
 from recalign_jax.corpus import more_items
@@ -24,6 +25,7 @@ from recalign_jax.inference.job import AnswerRequests
 from recalign_jax.inference.requests import Needs, Request, Requests
 from recalign_jax.recommender import DecodingOptions
 from seqio_tasks import specs
+from seqio_tasks import vocabulary as vocabularies
 
 USES_GIN = True
 FAMILIES = ("retrieval", "ranking")
@@ -38,7 +40,7 @@ class InferOptions:
       task_name: a retrieval task for the best items of the catalogue; a ranking task to order the candidates of the
         rows of `input`.
       checkpoint_path: MODEL_DIR, or one checkpoint in it.
-      vocabulary: path of a SentencePiece model.
+      vocabulary: a SentencePiece model, see `vocabularies.find`.
       output_dir: OUTPUT_DIR.
       output_format: `jsonl` or `parquet`.
       input: path of a table of histories, see `requests`; None for the users of the corpus.
@@ -141,11 +143,13 @@ def load(data_dir: str | None, options: InferOptions) -> Answering:
     """
     task_name = gin_config.required("TASK_NAME", options.task_name, "movielens_retrieval_token")
     checkpoint_path = gin_config.required("CHECKPOINT_PATH", options.checkpoint_path, "DIR")
-    vocabulary = gin_config.required("VOCABULARY", options.vocabulary, "PATH")
+    vocabulary = vocabularies.find(gin_config.required("VOCABULARY", options.vocabulary, "PATH"), data_dir)
     spec = specs.task_spec(task_name, vocabulary, data_dir)
     if spec.family not in FAMILIES:
         specs.check_family(spec, "retrieval")
     model = load_model(spec, checkpoint_path, options.mesh, "BATCH_SIZE")
+    for family in ["ranking"] * (spec.family == "ranking") + ["rating"] * options.ratings:
+        _warn_untrained(checkpoint_path, family)
     corpus = spec.corpus
     if options.items is not None:
         if spec.catalog.item_format != "title":
@@ -170,6 +174,7 @@ def load(data_dir: str | None, options: InferOptions) -> Answering:
         rated = specs.make_spec(corpus, "rating", spec.catalog.item_format, spec.vocabulary, spec.options)
         rate = recommender.make_rater(rated, *place)(model.params)
     identity = {
+        "version": __version__,
         "task": spec.name,
         "corpus": corpus.fingerprint,
         "catalog": spec.catalog.fingerprint,
@@ -196,8 +201,16 @@ def load(data_dir: str | None, options: InferOptions) -> Answering:
     return Answering(corpus, needs, answer, json.loads(json.dumps(identity)))
 
 
+def _warn_untrained(checkpoint_path: str, family: str) -> None:
+    mixture = saved.read_identity(checkpoint_path).get("MIXTURE_OR_TASK_NAME", "")
+    if mixture and family not in mixture and "_all" not in mixture:
+        terminal.warn(f"{checkpoint_path} was trained on {mixture}: nothing there taught it {family}.")
+
+
 def _requests(answering: Answering, options: InferOptions) -> Requests:
     if options.input is not None:
+        if options.max_users is not None:
+            raise InputError("MAX_USERS is of the users of a corpus: of a table give fewer rows.")
         return requests.of_table(pathlib.Path(options.input), answering.corpus, answering.needs)
     if answering.needs.candidates:
         raise InputError("A ranking task orders the candidates of the rows of a table: give --gin.INPUT=PATH.")
@@ -206,12 +219,12 @@ def _requests(answering: Answering, options: InferOptions) -> Requests:
 
 def _tell(results: pathlib.Path, output_dir: pathlib.Path, counts: dict[str, int]) -> None:
     terminal.say(f"Recommendations for {counts['users']} users: {results}")
+    if counts["unknown_items"]:
+        terminal.warn(f"{counts['unknown_items']} items are not in the catalogue: see unknown_items there.")
+    if counts["without_history"]:
+        terminal.say(f"{counts['without_history']} users have no history: their items stand by popularity.")
     if counts["rejected"]:
         terminal.warn(f"{counts['rejected']} rows could not be used: {output_dir / chunks.REJECTED_FILE}")
-    if counts["unknown_items"]:
-        terminal.warn(f"{counts['unknown_items']} items of rows are not in the catalogue: see unknown_items there.")
-    if counts["without_history"]:
-        terminal.say(f"{counts['without_history']} of them have no history: they got the most popular items.")
     if results.suffix == ".jsonl":
         terminal.next_step("head", "-n", "3", str(results))
     else:

@@ -10,7 +10,7 @@ from recalign_jax import terminal
 from recalign_jax.corpus.corpus import VOCABULARIES, Corpus, data_dir_or_default, load_corpus
 from recalign_jax.corpus.statistics import statistics
 from recalign_jax.errors import InputError
-from seqio_tasks import examples, samples, specs
+from seqio_tasks import examples, samples, specs, vocabulary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vocabulary",
         metavar="PATH",
-        help="SentencePiece model for --task (default: $RECALIGN_VOCABULARY, then the newest of recalign vocab)",
+        help="SentencePiece model for --task, or the name of one in DATA_DIR/vocabularies (default: "
+        "$RECALIGN_VOCABULARY, then the newest of recalign vocab)",
     )
     parser.add_argument("--split", default="train", choices=examples.SPLITS)
     parser.add_argument("-n", type=int, default=3, help="how many samples")
@@ -51,7 +52,7 @@ def _vocabulary(args: argparse.Namespace) -> str:
     """The path of the vocabulary to tokenize with. Raises InputError when there is none."""
     given = args.vocabulary or os.environ.get("RECALIGN_VOCABULARY")
     if given:
-        return given
+        return vocabulary.find(given, args.data_dir)
     folder = data_dir_or_default(args.data_dir) / VOCABULARIES
     trained = sorted(folder.glob(f"{args.corpus}_*.model"), key=lambda path: path.stat().st_mtime)
     if not trained:

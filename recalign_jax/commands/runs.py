@@ -26,8 +26,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     found.sort(key=lambda one: one["name"])
     header = ["", "kind", "of", "state", "step", "best", "last written (UTC)"]
     terminal.table(f"Runs below {args.folder}", header, [_row(one) for one in found])
-    if any(one["state"] == "stopped" for one in found):
-        terminal.say("A stopped run goes on with the command that began it.")
+    if any(one["state"] == "unfinished" for one in found):
+        terminal.say("An unfinished run that no process works on goes on with the command that began it.")
     terminal.say(f"Next: recalign report --runs {args.folder} --output report.html")
     return {"runs": found}
 

@@ -96,7 +96,7 @@ def train_command(
       model_dir: MODEL_DIR.
       mixture_or_task_name: what to train on, by its name in the SeqIO registry.
       mixture_or_task_module: a Python module to import first, that registers tasks of its own.
-      vocabulary: path of a SentencePiece model.
+      vocabulary: a SentencePiece model, see `vocabularies.find`.
       initial_checkpoint: what a new run starts from, see `load_initial`; None starts from random parameters.
       evaluate_recommendations: whether the mixture's recommendation tasks are evaluated on the validation split,
         beside the loss.
@@ -105,7 +105,7 @@ def train_command(
         "MIXTURE_OR_TASK_NAME", mixture_or_task_name, "movielens_retrieval_aligned_token"
     )
     model_dir = gin_config.required("MODEL_DIR", model_dir, "DIR")
-    vocabulary = gin_config.required("VOCABULARY", vocabulary, "PATH")
+    vocabulary = vocabularies.find(gin_config.required("VOCABULARY", vocabulary, "PATH"), data_dir)
     mixture_or_task_name = register(mixture_or_task_name, mixture_or_task_module, vocabulary, data_dir)
 
     options, input_options = TrainOptions(model_dir=model_dir), InputOptions()

@@ -21,6 +21,7 @@ def with_table(corpus: Corpus, path: pathlib.Path) -> Corpus:
         del row
         raise InputError(f"{path}, row {line}: {reason}.")
 
+    reading.check_ending(path)
     table = tables.items_table(path)
     found = list(reading.distinct_items(path, reading.parse_table(table, reject), reject))
     new = [item for item in found if item.item_id not in known]

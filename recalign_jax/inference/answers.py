@@ -65,17 +65,19 @@ def answer(
       `method` and `unknown_items`.
     """
     answers: list[Answer | None] = [None] * len(requests)
+    # Ratings are most of the work where they are asked for: requests count when theirs are there.
+    advance_answered = advance if models.rate is None else lambda count: None
     with_history = [number for number, request in enumerate(requests) if len(request.query.history)]
     queries = [requests[number].query for number in with_history]
     if models.score is not None:
-        _rank(models.score, requests, with_history, answers, advance)
+        _rank(models.score, requests, with_history, answers, advance_answered)
     elif models.recommend is not None:
         nothing = np.zeros(0, np.int32)
         excluded = [query.history if filter_history else nothing for query in queries]
         for chosen, items, scores in models.recommend(queries, excluded) if queries else ():
             for number, ranked, score in zip(chosen, items, scores, strict=True):
                 answers[with_history[number]] = Answer(ranked[ranked >= 0], score[ranked >= 0], MODEL)
-            advance(len(chosen))
+            advance_answered(len(chosen))
     popularity = corpus.training_popularity
     likelihoods = np.log((popularity + 1) / (popularity.sum() + corpus.num_items))
     everything = np.arange(corpus.num_items, dtype=np.int32) if permitted is None else permitted
@@ -85,9 +87,9 @@ def answer(
             items = request.candidates if models.score is not None else most_popular
             items = items[np.argsort(-popularity[items], kind="stable")]
             answers[number] = Answer(items, likelihoods[items], POPULARITY)
-            advance(1)
+            advance_answered(1)
     found = [given for given in answers if given is not None]
-    ratings = None if models.rate is None else _ratings(models.rate, requests, found)
+    ratings = None if models.rate is None else _ratings(models.rate, requests, found, advance)
     return [
         _row(corpus, request, given, None if ratings is None else ratings[number])
         for number, (request, given) in enumerate(zip(requests, found, strict=True))
@@ -114,7 +116,9 @@ def _rank(
             advance(len(chosen))
 
 
-def _ratings(rate: PredictRatings, requests: Sequence[Request], answers: Sequence[Answer]) -> list[np.ndarray]:
+def _ratings(
+    rate: PredictRatings, requests: Sequence[Request], answers: Sequence[Answer], advance: Callable[[int], None]
+) -> list[np.ndarray]:
     """The expected ratings of all items of all answers."""
     pairs = [
         RatedQuery(
@@ -128,8 +132,13 @@ def _ratings(rate: PredictRatings, requests: Sequence[Request], answers: Sequenc
         for item in given.items
     ]
     values = np.zeros(len(pairs), np.float32)
+    rated = told = 0
     for chosen, expected, _ in rate(pairs) if pairs else ():
         values[chosen] = expected
+        rated += len(chosen)
+        advance(len(requests) * rated // len(pairs) - told)
+        told = len(requests) * rated // len(pairs)
+    advance(len(requests) - told)
     return np.split(values, np.cumsum([len(given.items) for given in answers])[:-1])
 
 

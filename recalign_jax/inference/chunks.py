@@ -5,37 +5,43 @@ While it is unfinished, OUTPUT_DIR holds
   unfinished/job.json               what the job is: a run with anything else is another job
   unfinished/000007.jsonl           the answers of chunk 7
   unfinished/000007.rejected.jsonl  its bad rows
-  unfinished/000007.done            its counts, and sizes and hashes of both: it is whole
+  unfinished/000007.done            of which job they are, their counts, sizes and hashes: the chunk is whole
 
 Every file is written aside and renamed, the marker last. When all chunks are there they are put together, in order,
 and take their place in OUTPUT_DIR: a file there is always the whole result of one job. Nothing in it depends on when
-the job was interrupted, or on who did which chunk.
+the job was interrupted, on who did which chunk, or on how many put them together at once.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from recalign_jax.errors import InputError
+from recalign_jax.errors import InputError, RunError
 from recalign_jax.files import atomic_file
 from recalign_jax.inference import output
 
 JOB_FILE = "job.json"
 REJECTED_FILE = "rejected.jsonl"
 _UNFINISHED = "unfinished"
+_SWEPT = f".{_UNFINISHED}."
+_KINDS = ("jsonl", "rejected.jsonl")
 Counts = dict[str, int]
 
 
 def finished(output_dir: pathlib.Path, job: dict[str, Any]) -> Counts | None:
     """The counts of this very job if its results are in OUTPUT_DIR already, else None."""
     told = _read(output_dir / JOB_FILE)
-    if told is None or told.get("job") != job or not output.path_of(output_dir, job["output_format"]).is_file():
+    if told is None or told.get("job") != job:
         return None
-    shutil.rmtree(output_dir / _UNFINISHED, ignore_errors=True)
+    if told["results"] != _described(output.path_of(output_dir, job["output_format"])):
+        return None  # killed while other results took their place
+    _remove(output_dir)
     return told["counts"]
 
 
@@ -43,75 +49,110 @@ def start(output_dir: pathlib.Path, job: dict[str, Any]) -> None:
     """Makes OUTPUT_DIR ready to begin a job, or to go on with it.
 
     Raises:
-      InputError: another job is unfinished there.
+      InputError: another job is unfinished there, or the folder can't be written.
     """
     folder = output_dir / _UNFINISHED
     before = _read(folder / JOB_FILE)
-    if before is not None and finished(output_dir, before) is not None:
+    if before is not None and before != job and finished(output_dir, before) is not None:
         before = None  # it was, but for sweeping up
     if before is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / JOB_FILE, json.dumps(job, indent=1))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(folder / JOB_FILE, json.dumps(job, indent=1))
+        except OSError as error:
+            raise InputError(f"OUTPUT_DIR {output_dir} can't be written: {error}.") from error
     elif before != job:
         names = [name for name in sorted({*before, *job}) if before.get(name) != job.get(name)]
-        differs = "; ".join(f"{name}: {before.get(name)!r} then, {job.get(name)!r} now" for name in names)
         raise InputError(
-            f"{output_dir} holds another job that is unfinished ({differs[:1000]}). Finish that one, delete {folder}, "
-            "or give another OUTPUT_DIR."
+            f"{output_dir} holds another job that is unfinished; they differ in {', '.join(names)}. Finish that one, "
+            f"delete {folder}, or give another OUTPUT_DIR."
         )
 
 
-def done(output_dir: pathlib.Path, num_chunks: int) -> dict[int, Counts]:
-    """The counts of the chunks that are there, whole; what is left of others is done again."""
+def done(output_dir: pathlib.Path, job: dict[str, Any], num_chunks: int) -> dict[int, Counts]:
+    """The counts of the job's chunks that are there, whole; what is left of others is done again."""
     found = {}
     for number in range(num_chunks):
-        marker = _read(_path(output_dir, number, "done"))
-        if marker is not None and all(
-            _described(_path(output_dir, number, kind)) == marker[kind] for kind in ("jsonl", "rejected.jsonl")
-        ):
+        try:
+            marker = _read(_path(output_dir, number, "done")) or {}
+        except InputError:
+            continue
+        files = {kind: _described(_path(output_dir, number, kind)) for kind in _KINDS}
+        if marker.get("job") == _hash(job) and marker["files"] == files:
             found[number] = marker["counts"]
     return found
 
 
 def write(
-    output_dir: pathlib.Path, number: int, rows: Iterable[dict], rejected: Iterable[dict], counts: Counts
+    output_dir: pathlib.Path,
+    job: dict[str, Any],
+    number: int,
+    rows: Iterable[dict],
+    rejected: Iterable[dict],
+    counts: Counts,
 ) -> None:
-    """Puts down a chunk."""
-    marker: dict[str, Any] = {"counts": counts}
-    for kind, objects in (("jsonl", rows), ("rejected.jsonl", rejected)):
-        path = _path(output_dir, number, kind)
-        _write(path, "".join(json.dumps(found, ensure_ascii=False) + "\n" for found in objects))
-        marker[kind] = _described(path)
-    _write(_path(output_dir, number, "done"), json.dumps(marker))
+    """Puts down a chunk.
+
+    Raises:
+      RunError: a score is no finite number.
+    """
+    try:
+        texts = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+    except ValueError as error:
+        raise RunError(f"The model gave a score or rating that is no finite number ({error}): it diverged.") from error
+    _write(_path(output_dir, number, "jsonl"), "".join(texts))
+    # Bad rows may hold what no UTF-8 file can: it is escaped.
+    _write(_path(output_dir, number, "rejected.jsonl"), "".join(json.dumps(found) + "\n" for found in rejected))
+    files = {kind: _described(_path(output_dir, number, kind)) for kind in _KINDS}
+    _write(_path(output_dir, number, "done"), json.dumps({"job": _hash(job), "counts": counts, "files": files}))
 
 
 def finish(output_dir: pathlib.Path, job: dict[str, Any], found: dict[int, Counts]) -> Counts:
-    """Puts all chunks together; returns the sums of their counts. Other processes may do the same at the same time."""
+    """Puts all chunks together; returns the sums of their counts. Others may do the same at the same time."""
     counts: Counts = {}
     for of_chunk in found.values():
         for name, value in of_chunk.items():
             counts[name] = counts.get(name, 0) + value
-    folder = output_dir / _UNFINISHED
+    results = output.path_of(output_dir, job["output_format"])
     try:
-        results = output.path_of(output_dir, job["output_format"])
-        with atomic_file(folder / results.name) as aside:
-            output.write(aside, job["output_format"], (_path(output_dir, number, "jsonl") for number in sorted(found)))
-        with atomic_file(folder / REJECTED_FILE) as aside, aside.open("wb") as file:
+        with _replaced(output_dir, REJECTED_FILE) as aside, aside.open("wb") as file:
             output.concatenate(file, (_path(output_dir, number, "rejected.jsonl") for number in sorted(found)))
-        _write(folder / "result.json", json.dumps({"counts": counts, "job": job}, indent=1) + "\n")
+        with _replaced(output_dir, results.name) as aside:
+            output.write(aside, job["output_format"], (_path(output_dir, number, "jsonl") for number in sorted(found)))
+            described = _described(aside)
         for name in output.FILES.values():
             if name != results.name:
                 (output_dir / name).unlink(missing_ok=True)  # of an earlier job
-        # From here to the last rename OUTPUT_DIR tells of no job: a kill in between does these lines again.
-        (output_dir / JOB_FILE).unlink(missing_ok=True)
-        os.replace(folder / results.name, results)
-        os.replace(folder / REJECTED_FILE, output_dir / REJECTED_FILE)
-        os.replace(folder / "result.json", output_dir / JOB_FILE)
+        with _replaced(output_dir, JOB_FILE) as aside:
+            text = json.dumps({"counts": counts, "results": described, "job": job}, indent=1) + "\n"
+            aside.write_text(text, encoding="utf-8")
     except FileNotFoundError:
-        if finished(output_dir, job) is None:
+        if finished(output_dir, job) is None:  # another one was faster, and swept up
             raise
-    shutil.rmtree(folder, ignore_errors=True)
+    _remove(output_dir)
     return counts
+
+
+@contextlib.contextmanager
+def _replaced(output_dir: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
+    """A file among the chunks, where a kill may leave it, that takes its place in OUTPUT_DIR."""
+    descriptor, path = tempfile.mkstemp(prefix=f"{name}.", dir=output_dir / _UNFINISHED)
+    os.close(descriptor)
+    aside = pathlib.Path(path)
+    yield aside
+    with aside.open("rb+") as file:
+        os.fsync(file.fileno())
+    aside.chmod(0o644)
+    os.replace(aside, output_dir / name)
+
+
+def _remove(output_dir: pathlib.Path) -> None:
+    """Takes the chunks away, all at once: half of a job would be taken for one that can go on."""
+    if (output_dir / _UNFINISHED).exists():
+        with contextlib.suppress(FileNotFoundError):  # another one was faster
+            os.rename(output_dir / _UNFINISHED, tempfile.mkdtemp(prefix=_SWEPT, dir=output_dir))
+    for aside in output_dir.glob(f"{_SWEPT}*"):
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _path(output_dir: pathlib.Path, number: int, ending: str) -> pathlib.Path:
@@ -125,6 +166,10 @@ def _described(path: pathlib.Path) -> dict[str, Any] | None:
             return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}
     except FileNotFoundError:
         return None
+
+
+def _hash(job: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
 
 
 def _read(path: pathlib.Path) -> dict[str, Any] | None:

@@ -56,7 +56,7 @@ def _listed(corpus: Corpus, macro: str, file: str) -> np.ndarray:
             listed[ids[name]] = True
         elif name:
             unknown.append(name)
-    if unknown and not listed.any():
+    if unknown and not listed.any() and macro == "ALLOW":
         raise InputError(f"{macro} {path}: {corpus.name} has none of its item ids; the first is {unknown[0]!r}.")
     if unknown:
         terminal.warn(f"{macro} {path}: {corpus.name} lacks {len(unknown)} of its items, as {unknown[0]!r}.")

@@ -51,7 +51,7 @@ def run(
         counts = chunks.finished(output_dir, job)
         if counts is None:
             chunks.start(output_dir, job)
-            left = mine & ~np.isin(np.arange(num_chunks), list(chunks.done(output_dir, num_chunks)))
+            left = mine & ~np.isin(np.arange(num_chunks), list(chunks.done(output_dir, job, num_chunks)))
         else:
             left = np.zeros_like(mine)
     left = multihost_utils.broadcast_one_to_all(left)  # other processes may see the folder as it was a while ago
@@ -64,13 +64,16 @@ def run(
             rows = answer(part.requests, advance)
             advance(len(part.rejected))
             if jax.process_index() == 0:
-                chunks.write(output_dir, part.number, rows, part.rejected, _counts(rows, part.rejected))
+                chunks.write(output_dir, job, part.number, rows, part.rejected, _counts(rows, part.rejected))
     if jax.process_index() > 0:
         return None
-    found = chunks.done(output_dir, num_chunks)
+    found = chunks.done(output_dir, job, num_chunks)
     if len(found) == num_chunks:
         return chunks.finish(output_dir, job, found)
-    terminal.say(f"{num_chunks - len(found)} of {num_chunks} chunks are those of other shards, and not done yet.")
+    terminal.say(
+        f"{num_chunks - len(found)} of {num_chunks} chunks are those of other shards, and not done yet. If no shard "
+        "puts them together in the end, start any one of them again."
+    )
     return None
 
 

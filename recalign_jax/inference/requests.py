@@ -125,10 +125,10 @@ def of_table(path: pathlib.Path, corpus: Corpus, needs: Needs) -> Requests:
     Raises:
       InputError: the file can't be read, or none of its rows can be used.
     """
-    if not path.name.removesuffix(".gz").endswith(reading.ENDINGS):
-        raise InputError(f"INPUT {path} is no table: its name ends in none of {', '.join(reading.ENDINGS)}.")
-    table = reading.open_table(path, [], functools.partial(of_row, corpus, needs), watched=False)
-    total, repeated = _survey(table)
+    reading.check_ending(path)
+    parse = functools.partial(of_row, corpus, needs)
+    total, repeated = _survey(reading.open_table(path, [], parse))
+    table = reading.open_table(path, [], parse, watched=False)
 
     def parts(size: int, wanted: Collection[int]) -> Iterator[Part]:
         rows = enumerate(table.rows())
@@ -162,6 +162,8 @@ def _survey(table: Table[Request]) -> tuple[int, frozenset[int]]:
         else:
             hashes += hashlib.blake2b(found.user.encode(), digest_size=16).digest()
             places.append(total - 1)
+    if not total:
+        raise InputError(f"{table.path} holds no rows.")
     if not places:
         raise InputError(f"None of the {total} rows of {table.path} can be used. {first_error}".rstrip())
     halves = np.frombuffer(hashes, np.uint64).reshape(-1, 2)
@@ -179,8 +181,8 @@ def _rejected(path: pathlib.Path, line: int, error: RowError) -> dict[str, Any]:
 def of_row(corpus: Corpus, needs: Needs, row: reading.Row) -> Request:
     """The request of a row, by column names. Raises RowError where it can't be used."""
     user = records.identifier(_cell(row, "user"), "user")
-    by_title = not any(name in row for name in _NAMES["items"]) and "titles" in row
-    numbers, name_of = (_by_title(corpus), _title) if by_title else (_by_id(corpus), records.identifier)
+    by_title = all(row.get(name) is None for name in _NAMES["items"]) and row.get("titles") is not None
+    numbers, name_of = (_by_title(corpus), _title) if by_title else (_by_id(corpus), _id)
     unknown: list[str] = []
 
     def resolved(cell: Any, column: str) -> list[int]:
@@ -217,12 +219,17 @@ def _list(value: Any, column: str) -> Sequence[Any]:
         return ()
     if isinstance(value, str):
         if value.startswith("["):
-            with contextlib.suppress(ValueError, RecursionError):  # a title may begin like this
-                value = json.loads(value)
-        value = value.split("|") if isinstance(value, str) else value
+            with contextlib.suppress(ValueError, RecursionError, RowError):  # a title may begin like this
+                value = reading.json_object(f'{{"list": {value}}}'.encode())["list"]
+        value = [part.strip() for part in value.split("|")] if isinstance(value, str) else value
     if not isinstance(value, (list, tuple)):
         raise RowError(f"{column} must be a list, not {records.shown(value)}")
     return value
+
+
+def _id(value: Any, column: str) -> str:
+    """As text; 7.0, as some programs write whole numbers of columns with gaps, is 7."""
+    return records.identifier(int(value) if isinstance(value, float) and value.is_integer() else value, column)
 
 
 def _title(value: Any, column: str) -> str:

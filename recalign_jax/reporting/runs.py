@@ -6,6 +6,7 @@ evaluation is a folder with `metrics.json`: an OUTPUT_DIR of `recalign eval` or 
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -164,10 +165,10 @@ def find(folders: Sequence[str]) -> tuple[list[Run], list[Evaluation]]:
 
 
 def state(run: Run, now: float) -> str:
-    """`finished`, `running` (something was written in the last RUNNING_SECONDS) or `stopped`."""
+    """`finished`, `running` (something was written in the last RUNNING_SECONDS) or `unfinished`."""
     if run.finished:
         return "finished"
-    return "running" if now - run.last_written < RUNNING_SECONDS else "stopped"
+    return "running" if now - run.last_written < RUNNING_SECONDS else "unfinished"
 
 
 def _walk(top: pathlib.Path) -> Iterator[tuple[pathlib.Path, list[str]]]:
@@ -182,7 +183,8 @@ def _name(folder: pathlib.Path, top: pathlib.Path) -> str:
 
 def _read_run(folder: pathlib.Path) -> Run:
     try:
-        records = [record for record in log.read(str(folder)) if isinstance(record, dict) and "step" in record]
+        read = [record for record in log.read(str(folder)) if isinstance(record, dict) and "step" in record]
+        records = [{name: value for name, value in record.items() if _is_number(value)} for record in read]
     except (OSError, UnicodeDecodeError):
         records = []
     try:
@@ -194,6 +196,11 @@ def _read_run(folder: pathlib.Path) -> Run:
     except (OSError, ValueError):
         versions = {}
     return Run(folder, "", records, config, gin_text.values(config), _identity(folder), versions)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it can be drawn: a diverged run logs others."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _identity(folder: pathlib.Path) -> dict[str, Any]:
@@ -213,7 +220,10 @@ def _read_evaluation(path: pathlib.Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         return {}
-    return content if any("users" in content.get(family, {}) for family in FAMILIES) else {}
+    told = [content.get(family) for family in FAMILIES]
+    if any(isinstance(part, dict) and "users" in part for part in told):
+        return {name: value for name, value in content.items() if name not in FAMILIES or isinstance(value, dict)}
+    return {}
 
 
 def _run_of(folder: pathlib.Path, told: dict[str, Any], runs: dict[pathlib.Path, Run]) -> Run | None:

@@ -68,6 +68,12 @@ def first_record(table: Table[Record]) -> Record | None:
     return next((record for _, record in parse_table(table, lambda *rejected: None)), None)
 
 
+def check_ending(path: pathlib.Path) -> None:
+    """Raises InputError when a file's name doesn't say what kind of table it is."""
+    if not path.name.removesuffix(".gz").endswith(ENDINGS):
+        raise errors.InputError(f"{path} is no table: its name ends in none of {', '.join(ENDINGS)}.")
+
+
 def open_table(
     path: pathlib.Path, required: Sequence[str], record: Callable[[Row], Record], watched: bool = True
 ) -> Table[Record]:
