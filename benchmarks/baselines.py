@@ -36,10 +36,11 @@ class Row(NamedTuple):
     method: str
     arguments: tuple[str, ...] = ()
     trained: bool = True
+    settings: str = ""  # what ends the name of the gin file, if they are the row's own
 
     @property
     def gin_file(self) -> str:
-        return f"gin_configs/experiments/baselines_{self.corpus.removesuffix('_shuffled')}.gin"
+        return f"gin_configs/experiments/baselines_{self.corpus.removesuffix('_shuffled')}{self.settings}.gin"
 
 
 def rows() -> list[Row]:
@@ -51,9 +52,9 @@ def rows() -> list[Row]:
             Row("itemknn", corpus, "itemknn", trained=False),
         ]
         found += [Row("bprmf", corpus, "bprmf"), Row("sasrec", corpus, "sasrec")]
-        if not corpus.endswith("_shuffled"):
-            for loss in ("sampled_softmax", "bce"):
-                found.append(Row(f"sasrec_{loss}", corpus, "sasrec", (f"--gin.SasrecOptions.loss={loss}",)))
+    sampled = ("--gin.SasrecOptions.loss=sampled_softmax",)
+    found.append(Row("sasrec_sampled_softmax", "amazon_beauty", "sasrec", sampled))
+    found.append(Row("sasrec_bce", "amazon_beauty", "sasrec", settings="_bce"))
     newest = ("--gin.PopularityOptions.newest=0.5",)
     found.append(Row("popularity_newest", "movielens", "popularity", newest, trained=False))
     for family in ("rating", "rating_random"):
