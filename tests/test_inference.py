@@ -21,7 +21,7 @@ from recalign_jax.corpus.records import Item, ItemText, RowError
 from recalign_jax.errors import InputError, RunError
 from recalign_jax.inference import answers, chunks, filters, job, requests
 from recalign_jax.inference.answers import Models
-from recalign_jax.inference.requests import Needs
+from recalign_jax.inference.rows import Needs, request_of
 
 NEEDS = Needs()
 
@@ -94,9 +94,7 @@ def test_a_title_of_several_items_is_the_most_popular_one(shop_corpus):
     twins = [item for item in range(62) if title_text(corpus, item) == title_text(corpus, known)]
     assert len(twins) == 3
     best = max(twins, key=lambda item: corpus.training_popularity[item])
-    row = requests.of_row(
-        corpus, NEEDS, {"user": 1, "titles": [title_text(corpus, known), "one NAME for two", "no such"]}
-    )
+    row = request_of(corpus, NEEDS, {"user": 1, "titles": [title_text(corpus, known), "one NAME for two", "no such"]})
     assert row.query.history.tolist() == [best, 61]
     assert row.unknown == ("no such",)
 
@@ -146,11 +144,11 @@ def test_cells_as_programs_write_them(shop_corpus):
     """Blanks around what separates, whole numbers as floats, a column for each kind of history."""
     corpus = with_items(shop_corpus, [Item("7", ItemText(title="Seven")), Item("8", ItemText(title="[Eight|8]"))])
     for items in (" 7 | 8", [7.0, 8], "[7, 8]", '["7", "8"]'):
-        assert requests.of_row(corpus, NEEDS, {"user": 1, "items": items}).query.history.tolist() == [60, 61]
+        assert request_of(corpus, NEEDS, {"user": 1, "items": items}).query.history.tolist() == [60, 61]
     row = {"user": 1, "items": None, "titles": ["seven"]}
-    assert requests.of_row(corpus, NEEDS, row).query.history.tolist() == [60]
-    assert requests.of_row(corpus, NEEDS, {"user": 1, "titles": '["[eight|8]"]'}).query.history.tolist() == [61]
-    assert requests.of_row(corpus, NEEDS, {"user": 1, "titles": "[eight]"}).unknown == ("[eight]",)
+    assert request_of(corpus, NEEDS, row).query.history.tolist() == [60]
+    assert request_of(corpus, NEEDS, {"user": 1, "titles": '["[eight|8]"]'}).query.history.tolist() == [61]
+    assert request_of(corpus, NEEDS, {"user": 1, "titles": "[eight]"}).unknown == ("[eight]",)
 
 
 def test_bytes_that_are_no_text_are_rejected_and_written(shop_corpus, tmp_path):
@@ -184,27 +182,27 @@ def test_an_output_dir_that_cannot_be_written(shop_corpus, table, tmp_path):
 def test_unknown_items_are_dropped_with_their_ratings_or_the_row_is_rejected(shop_corpus):
     known = ids(shop_corpus, 3, 4)
     row = {"user": "a", "items": [known[0], "gone", known[1]], "ratings": [1, 2, "3.5"]}
-    found = requests.of_row(shop_corpus, Needs(ratings=True), row)
+    found = request_of(shop_corpus, Needs(ratings=True), row)
     assert found.query.history.tolist() == [3, 4]
     assert found.ratings.tolist() == [1, 3.5]
     assert found.unknown == ("gone",)
     with pytest.raises(RowError, match="not in the catalogue: gone"):
-        requests.of_row(shop_corpus, Needs(known_items=True), row)
+        request_of(shop_corpus, Needs(known_items=True), row)
     with pytest.raises(RowError, match="2 ratings for a history of 3"):
-        requests.of_row(shop_corpus, Needs(ratings=True), {**row, "ratings": [1, 2]})
+        request_of(shop_corpus, Needs(ratings=True), {**row, "ratings": [1, 2]})
     with pytest.raises(RowError, match="no field 'ratings'"):
-        requests.of_row(shop_corpus, Needs(ratings=True), {"user": "a", "items": known})
+        request_of(shop_corpus, Needs(ratings=True), {"user": "a", "items": known})
 
 
 def test_candidates_stand_once_and_must_be_known(shop_corpus):
     row = {"user": "a", "items": [], "candidates": [*ids(shop_corpus, 5, 2, 5), "gone"]}
-    found = requests.of_row(shop_corpus, Needs(candidates=True), row)
+    found = request_of(shop_corpus, Needs(candidates=True), row)
     assert found.candidates.tolist() == [5, 2]
     assert found.unknown == ("gone",)
     with pytest.raises(RowError, match="none of the candidates"):
-        requests.of_row(shop_corpus, Needs(candidates=True), {**row, "candidates": ["gone"]})
+        request_of(shop_corpus, Needs(candidates=True), {**row, "candidates": ["gone"]})
     with pytest.raises(RowError, match="no field 'candidates'"):
-        requests.of_row(shop_corpus, Needs(candidates=True), {"user": "a", "items": []})
+        request_of(shop_corpus, Needs(candidates=True), {"user": "a", "items": []})
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=60), st.integers(1, 9), st.randoms())
@@ -283,7 +281,7 @@ def ask(corpus, histories, candidates=()):
     rows = [{"user": str(n), "items": ids(corpus, *history)} for n, history in enumerate(histories)]
     for row, items in zip(rows, candidates, strict=False):
         row["candidates"] = ids(corpus, *items)
-    return [requests.of_row(corpus, Needs(candidates=bool(candidates)), row) for row in rows]
+    return [request_of(corpus, Needs(candidates=bool(candidates)), row) for row in rows]
 
 
 def test_answers_come_in_order_and_those_without_history_are_popular(shop_corpus):

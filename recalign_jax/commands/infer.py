@@ -22,7 +22,8 @@ from recalign_jax.inference import answers, chunks, filters, output, requests
 from recalign_jax.inference import job as inference_job
 from recalign_jax.inference.answers import Models, Row
 from recalign_jax.inference.job import AnswerRequests
-from recalign_jax.inference.requests import Needs, Request, Requests
+from recalign_jax.inference.requests import Requests
+from recalign_jax.inference.rows import Needs, Request
 from recalign_jax.recommender import DecodingOptions
 from seqio_tasks import specs
 from seqio_tasks import vocabulary as vocabularies
@@ -43,7 +44,7 @@ class InferOptions:
       vocabulary: a SentencePiece model, see `vocabularies.find`.
       output_dir: OUTPUT_DIR.
       output_format: `jsonl` or `parquet`.
-      input: path of a table of histories, see `requests`; None for the users of the corpus.
+      input: path of a table of histories, see `inference/rows.py`; None for the users of the corpus.
       split: without `input`: `test` or `validation` for the history before that target, `all` for the whole.
       max_users: without `input`: only so many users, a random sample.
       on_unknown_item: what to do with items of a row that the catalogue doesn't have: `drop` them, or `reject` the row.

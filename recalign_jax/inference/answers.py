@@ -10,7 +10,7 @@ import numpy as np
 
 from recalign_jax.corpus.corpus import Corpus
 from recalign_jax.decoding.retrieve import padded
-from recalign_jax.inference.requests import Request
+from recalign_jax.inference.rows import Request
 from seqio_tasks.examples import PredictRatings, RatedQuery, Recommend, ScoreCandidates
 
 MODEL, POPULARITY = "model", "popularity"

@@ -11,7 +11,8 @@ from jax.experimental import multihost_utils
 from recalign_jax import terminal
 from recalign_jax.inference import answers, chunks
 from recalign_jax.inference.answers import Row
-from recalign_jax.inference.requests import Request, Requests
+from recalign_jax.inference.requests import Requests
+from recalign_jax.inference.rows import Request
 
 # (requests, told how many more are answered) -> a row for each.
 AnswerRequests = Callable[[Sequence[Request], Callable[[int], None]], list[Row]]
