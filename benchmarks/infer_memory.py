@@ -3,7 +3,8 @@
     python benchmarks/infer_memory.py [--users 1000000] [--items 1000]
 
 Prints one JSON line: `users`, `seconds` and `users_per_second` of the command, `start_mib` (resident memory when a
-tenth of the chunks was done), `end_mib` (when nine tenths were), `peak_mib`, and `ratio` = start_mib / end_mib (1: flat).
+tenth of the chunks was done), `end_mib` (when nine tenths were), `peak_mib`, and `ratio` = start_mib / end_mib (1 is
+flat).
 """
 
 import argparse
