@@ -71,8 +71,9 @@ def read(runs: pathlib.Path, conventional: pathlib.Path | None, split: str) -> d
         records = [json.loads((folder.parent / study.RECORD).read_text(encoding="utf-8")) for folder in folders]
         if folders:
             found[name] = Runs(name, folders, _told(folders), records)
-    for name in dict.fromkeys(name for table in tables() for name in table.baselines) if conventional else ():
-        folders = [folder for folder in _seeds(conventional / split / name) if (folder / study.EVALUATED).is_file()]
+    names = dict.fromkeys(name for table in tables() for name in table.baselines)
+    for name, place in [(name, conventional / split / name) for name in names] if conventional else ():
+        folders = [folder for folder in _seeds(place) if (folder / study.EVALUATED).is_file()]
         told = _told(folders)
         if folders:
             found[name] = Runs(name, folders, told, [{"seconds": one.get("training_seconds")} for one in told])
@@ -163,8 +164,8 @@ def _head(found: dict[str, Runs], split: str) -> str:
     return (
         "# Results\n\nWritten by `benchmarks/results.py` from the runs of `benchmarks/study.py` and "
         "`benchmarks/baselines.py`: no number is typed by hand. Models are small and trained from scratch, on "
-        f"{' or '.join(map(str, cores))} CPU cores. Figures are of the {split} split, as `docs/protocol.md` says; where "
-        "a row has several seeds, they are mean ± standard deviation over them, and the best of a column is bold. "
+        f"{' or '.join(map(str, cores))} CPU cores. Figures are of the {split} split, as `docs/protocol.md` says; of a "
+        "row with several seeds they are mean ± standard deviation over them, and the best of a column is bold. "
         "Tokens are those of inputs and targets that a row was trained on, without padding. Minutes are wall time of "
         "training with its evaluations, summed over all parts of an interrupted one, whatever else the machine did; of "
         "baselines those of their training alone."
@@ -203,7 +204,7 @@ def _table(table: Table, rows: Sequence[Runs]) -> str:
     for runs, row in zip(rows, figures_of, strict=True):
         cells = [runs.name]
         for metric in metrics:
-            text = _spread(row[metric], 4)
+            text = _spread(row[metric])
             cells.append(f"**{text}**" if statistics.fmean(row[metric]) == best[metric] else text)
         cells.append(str(len(runs.told)))
         for name, unit, digits in (("steps", 1, 0), ("tokens", 1e6, 1), ("seconds", 60, 1)):
@@ -218,9 +219,9 @@ def _figures(runs: Runs, family: str, metric: str) -> list[float]:
     return [told[family][metric] for told in runs.told]
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{statistics.fmean(values):.4f}"
+    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
 
 
 def _budget(table: Table, found: dict[str, Runs]) -> str:
@@ -242,9 +243,10 @@ def bars(table: Table, rows: Sequence[Runs]) -> Panel:
     drawn = []
     for runs in rows:
         values = _figures(runs, table.family, metric)
-        mean, deviation = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+        mean = statistics.fmean(values)
+        low, high = (mean + side * statistics.stdev(values) if len(values) > 1 else None for side in (-1, 1))
         color = 1 if runs.name in table.baselines else 0
-        drawn.append((runs.name, color, _spread(values, 4), mean, mean - deviation, mean + deviation))
+        drawn.append((runs.name, color, _spread(values), mean, low, high))
     title = f"{metric_name(metric)}: {table.title}"
     told = "; ".join(f"{label} {text}" for label, _, text, *_ in drawn)
     slug = "_".join(table.title.lower().replace(",", "").replace("-", "_").split())

@@ -22,6 +22,7 @@ import json
 import os
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -64,7 +65,7 @@ ROWS: dict[str, Sequence[int]] = {
 }
 # Gin names that training and evaluation both have, and that needn't be the same.
 OF_THE_COMMAND = ("MAX_EVAL_USERS",)
-STOPPED = (75, 130)  # exit statuses of SIGTERM and Ctrl-C
+STOPPED = (75, 130, -signal.SIGTERM, -signal.SIGINT)  # exit statuses of a command that was told to end
 
 
 class Job(NamedTuple):
@@ -101,14 +102,16 @@ def main() -> None:
                 print(f"{row} is left out: {error}", file=sys.stderr)
                 continue
             status = run(job, args.split)
-            if status in STOPPED or status < 0:
-                raise SystemExit(status)
+            if status in STOPPED:
+                raise KeyboardInterrupt
             if status:
                 failed.append(f"{row}/{seed}")
             else:
                 done.append({name: read(job)[name] for name in ("row", "seed", "steps", "tokens", "seconds")})
     except InputError as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        raise SystemExit("Stopped; the same command goes on.") from None
     print(json.dumps({"runs": done, "failed": failed}))
     raise SystemExit(1 if failed else 0)
 
@@ -155,7 +158,8 @@ def make_job(
             values[name] = settings[name]
     evaluate = ["recalign", "eval", "--data_dir", str(data_dir)]
     evaluate += [part for file in files for part in ("--gin_file", file)]
-    evaluate += [f"--gin.{name}={value.strip(chr(39))}" for name, value in values.items()]
+    unquoted = {name: value.strip("'") for name, value in values.items()}
+    evaluate += [f"--gin.{name}={value}" for name, value in unquoted.items()]
     but_for = ("SEED", "MODEL_DIR")
     settings = {name: value for name, value in settings.items() if name not in but_for}
     return Job(row, seed, folder, settings, list(bindings), train, evaluate)
