@@ -48,21 +48,20 @@ def main() -> int:
 def kill_and_infer(folder: pathlib.Path, times: int, seed: int, processes: int = 1) -> dict[str, Any]:
     """Returns what is printed; `folder` holds a corpus, and a model in `model`."""
     random = np.random.default_rng(seed)
-    rows = write_table(folder / "in.jsonl", (times + 1) * CHUNKS_A_KILL * CHUNK_ROWS, random)
+    # Twice what is needed: a process does some chunks more while it is being killed.
+    rows = write_table(folder / "in.jsonl", 2 * (times + 1) * CHUNKS_A_KILL * CHUNK_ROWS, random)
     assert ended(start(folder, "calm", processes)) == [0] * processes
     counts = dict.fromkeys(("kills", "while_starting"), 0)
     while counts["kills"] < times:
         before = len(chunks(folder / "killed"))
         running = start(folder, "killed", processes)
-        if counts["kills"] % 4 == 3:
-            time.sleep(random.uniform(0.5, 8))
-        else:
-            wanted = before + int(random.integers(1, CHUNKS_A_KILL))
-            deadline = time.monotonic() + SECONDS
-            while running[0].poll() is None and len(chunks(folder / "killed")) < wanted:
-                assert time.monotonic() < deadline
-                time.sleep(0.002)
-            time.sleep(random.uniform(0, 0.03))
+        # Some are killed while they start, the others among their next chunks.
+        starting = counts["kills"] % 4 == 3
+        wanted = before + int(random.integers(1, CHUNKS_A_KILL))
+        deadline = time.monotonic() + (random.uniform(0.5, 4) if starting else SECONDS)
+        while running[0].poll() is None and len(chunks(folder / "killed")) < wanted and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, 0.03))
         running[counts["kills"] % processes].kill()
         statuses = ended(running)
         if 0 in statuses:
