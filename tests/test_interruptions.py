@@ -43,13 +43,20 @@ def test_sigterm_saves_and_leaves_with_its_own_status(folder):
     assert f"SIGTERM: saved step {step}" in (folder / "told.log").read_text()
 
 
-@pytest.mark.usefixtures("fast_compilation")
+@pytest.fixture(scope="module")
+def model(folder):
+    """A model of two steps."""
+    assert cli.main(["train", *kill_and_resume.arguments(folder, "model", 2)]) == 0
+    return folder / "model"
+
+
+@pytest.mark.usefixtures("fast_compilation", "model")
 @pytest.mark.parametrize(("times", "processes"), [(2, 1), (1, 2)])
-def test_killed_inference_leaves_what_uninterrupted_inference_does(folder, tmp_path, times, processes):
+def test_killed_inference_leaves_what_uninterrupted_inference_does(folder, times, processes):
     """Of two processes one is killed."""
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("two*", "told*"))
-    assert cli.main(["train", *kill_and_resume.arguments(tmp_path, "model", 2)]) == 0
-    result = kill_and_infer.kill_and_infer(tmp_path, times, 0, processes)
+    for name in ("calm", "killed"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    result = kill_and_infer.kill_and_infer(folder, times, 0, processes)
     assert result["identical"]
     assert result["kills"] == times
 
