@@ -17,14 +17,19 @@ def _sync(path: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+def atomic_file(path: str | os.PathLike[str], aside_in: str | os.PathLike[str] | None = None) -> Iterator[pathlib.Path]:
     """Yields a path beside `path` to write to; it takes the name `path` when the block ends well.
 
     On an exception the file beside it is removed and what stood at `path` stays as it was.
+
+    Args:
+      path: of the file.
+      aside_in: a folder of the same file system to write in, where a kill may leave what was written; None for the
+        folder of `path`.
     """
     target = pathlib.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=aside_in or target.parent)
     os.close(descriptor)
     aside = pathlib.Path(name)
     try:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from recalign_jax.decoding.retrieve import padded
+from recalign_jax.decoding.retrieve import padded, power_of_two
 from seqio_tasks.examples import Query, Ranked, Recommend, ScoreCandidates, Scored
 
 # Scores all items for queries: float32 [B, I], the higher the better.
@@ -69,11 +69,6 @@ def newest(queries: Sequence[Query], length: int) -> np.ndarray:
     """The newest items of the histories, at most `length`, oldest first, -1 behind them: int32 [B, l]."""
     width = min(length, power_of_two(max(len(query.history) for query in queries)))  # few widths: few programs
     return padded([query.history[-length:] for query in queries], len(queries), width, fill=-1)
-
-
-def power_of_two(least: int) -> int:
-    """The smallest power of two that is at least that, and 1."""
-    return 1 << max(least - 1, 0).bit_length()
 
 
 @partial(jax.jit, static_argnames="k")

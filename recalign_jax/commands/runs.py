@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     terminal.table(f"Runs below {args.folder}", header, [_row(one) for one in found])
     if any(one["state"] == "unfinished" for one in found):
         terminal.say("An unfinished run that no process works on goes on with the command that began it.")
-    terminal.say(f"Next: recalign report --runs {args.folder} --output report.html")
+    terminal.next_step("recalign", "report", "--runs", args.folder, "--output", "report.html")
     return {"runs": found}
 
 

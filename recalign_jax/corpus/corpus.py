@@ -122,6 +122,11 @@ class Corpus:
         return [*ids, *(item.item_id for item in self.more_items)], [*texts, *(item.text for item in self.more_items)]
 
     @functools.cached_property
+    def item_numbers(self) -> dict[str, int]:
+        """The number of each item by the id that the source has for it."""
+        return {item_id: item for item, item_id in enumerate(self._item_records[0])}
+
+    @functools.cached_property
     def _user_ids(self) -> list[str]:
         return datasets.read_user_ids(self.directory)
 

@@ -15,7 +15,6 @@ def with_table(corpus: Corpus, path: pathlib.Path) -> Corpus:
     Raises:
       InputError: the table can't be read, at its first bad row, or if an item without a title is new.
     """
-    known = {corpus.item_source_id(item) for item in range(corpus.num_items)}
 
     def reject(path: pathlib.Path, line: int, row: Any, reason: str) -> None:
         del row
@@ -24,7 +23,7 @@ def with_table(corpus: Corpus, path: pathlib.Path) -> Corpus:
     reading.check_ending(path)
     table = tables.items_table(path)
     found = list(reading.distinct_items(path, reading.parse_table(table, reject), reject))
-    new = [item for item in found if item.item_id not in known]
+    new = [item for item in found if item.item_id not in corpus.item_numbers]
     for item in new:
         if not item.text.title:
             raise InputError(f"{path}: item {item.item_id!r} is new and has no title to recommend it by.")

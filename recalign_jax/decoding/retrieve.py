@@ -120,3 +120,8 @@ def padded(rows: Sequence[np.ndarray], count: int, width: int, fill: int) -> np.
     for number, row in enumerate(rows):
         out[number, : len(row)] = row
     return out
+
+
+def power_of_two(least: int) -> int:
+    """The smallest power of two that is at least that, and 1."""
+    return 1 << max(least - 1, 0).bit_length()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recalign_jax.corpus.corpus import Corpus
-from recalign_jax.decoding.retrieve import padded
+from recalign_jax.decoding.retrieve import padded, power_of_two
 from recalign_jax.inference.rows import Request
 from seqio_tasks.examples import PredictRatings, RatedQuery, Recommend, ScoreCandidates
 
@@ -78,22 +78,28 @@ def answer(
             for number, ranked, score in zip(chosen, items, scores, strict=True):
                 answers[with_history[number]] = Answer(ranked[ranked >= 0], score[ranked >= 0], MODEL)
             advance_answered(len(chosen))
-    popularity = corpus.training_popularity
-    likelihoods = np.log((popularity + 1) / (popularity.sum() + corpus.num_items))
-    everything = np.arange(corpus.num_items, dtype=np.int32) if permitted is None else permitted
-    most_popular = everything[np.argsort(-popularity[everything], kind="stable")[:top_k]]
-    for number, request in enumerate(requests):
-        if answers[number] is None:
-            items = request.candidates if models.score is not None else most_popular
-            items = items[np.argsort(-popularity[items], kind="stable")]
-            answers[number] = Answer(items, likelihoods[items], POPULARITY)
-            advance_answered(1)
+    without_history = [number for number, given in enumerate(answers) if given is None]
+    if without_history and models.score is None:
+        everything = np.arange(corpus.num_items, dtype=np.int32) if permitted is None else permitted
+        most_popular = _by_popularity(corpus, everything, top_k)
+    for number in without_history:
+        candidates = requests[number].candidates
+        answers[number] = most_popular if models.score is None else _by_popularity(corpus, candidates, len(candidates))
+        advance_answered(1)
     found = [given for given in answers if given is not None]
     ratings = None if models.rate is None else _ratings(models.rate, requests, found, advance)
     return [
         _row(corpus, request, given, None if ratings is None else ratings[number])
         for number, (request, given) in enumerate(zip(requests, found, strict=True))
     ]
+
+
+def _by_popularity(corpus: Corpus, items: np.ndarray, top_k: int) -> Answer:
+    """The most popular of some items; of equal ones those that come first."""
+    popularity = corpus.training_popularity
+    best = items[np.argsort(-popularity[items], kind="stable")[:top_k]]
+    likelihoods = np.log((popularity[best] + 1) / (popularity.sum() + corpus.num_items))
+    return Answer(best, likelihoods, POPULARITY)
 
 
 def _rank(
@@ -104,7 +110,7 @@ def _rank(
     advance: Callable[[int], None],
 ) -> None:
     """Orders the candidates; requests with about as many go together, since all of a call are padded to the most."""
-    widths = {number: 1 << (len(requests[number].candidates) - 1).bit_length() for number in with_history}
+    widths = {number: power_of_two(len(requests[number].candidates)) for number in with_history}
     for width in sorted(set(widths.values())):
         some = [number for number in with_history if widths[number] == width]
         candidates = padded([requests[number].candidates for number in some], len(some), width, fill=-1)

@@ -19,7 +19,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from recalign_jax.errors import InputError, RunError
@@ -71,14 +71,14 @@ def start(output_dir: pathlib.Path, job: dict[str, Any]) -> None:
 
 def done(output_dir: pathlib.Path, job: dict[str, Any], num_chunks: int) -> dict[int, Counts]:
     """The counts of the job's chunks that are there, whole; what is left of others is done again."""
-    found = {}
+    found, of_job = {}, _hash(job)
     for number in range(num_chunks):
         try:
             marker = _read(_path(output_dir, number, "done")) or {}
         except InputError:
             continue
         files = {kind: _described(_path(output_dir, number, kind)) for kind in _KINDS}
-        if marker.get("job") == _hash(job) and marker["files"] == files:
+        if marker.get("job") == of_job and marker["files"] == files:
             found[number] = marker["counts"]
     return found
 
@@ -113,17 +113,17 @@ def finish(output_dir: pathlib.Path, job: dict[str, Any], found: dict[int, Count
     for of_chunk in found.values():
         for name, value in of_chunk.items():
             counts[name] = counts.get(name, 0) + value
-    results = output.path_of(output_dir, job["output_format"])
+    results, folder = output.path_of(output_dir, job["output_format"]), output_dir / _UNFINISHED
     try:
-        with _replaced(output_dir, REJECTED_FILE) as aside, aside.open("wb") as file:
+        with atomic_file(output_dir / REJECTED_FILE, aside_in=folder) as aside, aside.open("wb") as file:
             output.concatenate(file, (_path(output_dir, number, "rejected.jsonl") for number in sorted(found)))
-        with _replaced(output_dir, results.name) as aside:
+        with atomic_file(results, aside_in=folder) as aside:
             output.write(aside, job["output_format"], (_path(output_dir, number, "jsonl") for number in sorted(found)))
             described = _described(aside)
         for name in output.FILES.values():
             if name != results.name:
                 (output_dir / name).unlink(missing_ok=True)  # of an earlier job
-        with _replaced(output_dir, JOB_FILE) as aside:
+        with atomic_file(output_dir / JOB_FILE, aside_in=folder) as aside:
             text = json.dumps({"counts": counts, "results": described, "job": job}, indent=1) + "\n"
             aside.write_text(text, encoding="utf-8")
     except FileNotFoundError:
@@ -131,19 +131,6 @@ def finish(output_dir: pathlib.Path, job: dict[str, Any], found: dict[int, Count
             raise
     _remove(output_dir)
     return counts
-
-
-@contextlib.contextmanager
-def _replaced(output_dir: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
-    """A file among the chunks, where a kill may leave it, that takes its place in OUTPUT_DIR."""
-    descriptor, path = tempfile.mkstemp(prefix=f"{name}.", dir=output_dir / _UNFINISHED)
-    os.close(descriptor)
-    aside = pathlib.Path(path)
-    yield aside
-    with aside.open("rb+") as file:
-        os.fsync(file.fileno())
-    aside.chmod(0o644)
-    os.replace(aside, output_dir / name)
 
 
 def _remove(output_dir: pathlib.Path) -> None:

@@ -43,7 +43,7 @@ def permitted_items(
 def _listed(corpus: Corpus, macro: str, file: str) -> np.ndarray:
     """Which items a file names: bool [I]."""
     path = pathlib.Path(file)
-    ids = {corpus.item_source_id(item): item for item in range(corpus.num_items)}
+    ids = corpus.item_numbers
     listed, unknown = np.zeros(corpus.num_items, bool), []
     for line, raw in lines_of(path, watched=False):
         try:

@@ -7,7 +7,6 @@ import array
 import functools
 import hashlib
 import itertools
-import json
 import pathlib
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from recalign_jax.corpus.corpus import Corpus
 from recalign_jax.corpus.records import RowError, Table
 from recalign_jax.corpus.sources import reading
 from recalign_jax.corpus.sources.lines import printable
+from recalign_jax.corpus.sources.rejects import rejected
 from recalign_jax.errors import InputError, check_choice
 from recalign_jax.inference.rows import Needs, Request, request_of
 from seqio_tasks import examples
@@ -107,7 +107,7 @@ def of_table(path: pathlib.Path, corpus: Corpus, needs: Needs) -> Requests:
                     shown = printable(row) if isinstance(row, bytes) else row
                     found = RowError(f"user {found.user!r} is there twice: the first row stands", shown)
                 if isinstance(found, RowError):
-                    part.rejected.append(_rejected(path, line, found))
+                    part.rejected.append(rejected(path, line, found.row, str(found)))
                 else:
                     part.requests.append(found)
             yield part
@@ -134,11 +134,6 @@ def _survey(table: Table[Request]) -> tuple[int, frozenset[int]]:
     ordered = halves[order]
     same = np.append(False, (ordered[1:] == ordered[:-1]).all(axis=1))
     return total, frozenset(np.frombuffer(places, np.int64)[order[same]].tolist())
-
-
-def _rejected(path: pathlib.Path, line: int, error: RowError) -> dict[str, Any]:
-    shown = error.row if isinstance(error.row, str) else json.dumps(error.row, ensure_ascii=False, default=str)
-    return {"file": path.name, "line": line, "reason": str(error), "row": shown[:10_000]}
 
 
 def _file_hash(path: pathlib.Path) -> str:

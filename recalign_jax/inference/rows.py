@@ -57,7 +57,7 @@ def request_of(corpus: Corpus, needs: Needs, row: reading.Row) -> Request:
     """The request of a row, by column names. Raises RowError where it can't be used."""
     user = records.identifier(_cell(row, "user"), "user")
     by_title = all(row.get(name) is None for name in _NAMES["items"]) and row.get("titles") is not None
-    numbers, name_of = (_by_title(corpus), _title) if by_title else (_by_id(corpus), _id)
+    numbers, name_of = (_by_title(corpus), _title) if by_title else (corpus.item_numbers, _id)
     unknown: list[str] = []
 
     def resolved(cell: Any, column: str) -> list[int]:
@@ -118,11 +118,6 @@ def _ratings(row: reading.Row, count: int, needed: bool) -> np.ndarray | None:
     if len(ratings) != count:
         raise RowError(f"{len(ratings)} ratings for a history of {count} items")
     return np.asarray(ratings, np.float32)
-
-
-@functools.lru_cache(maxsize=2)
-def _by_id(corpus: Corpus) -> dict[str, int]:
-    return {corpus.item_source_id(item): item for item in range(corpus.num_items)}
 
 
 @functools.lru_cache(maxsize=2)

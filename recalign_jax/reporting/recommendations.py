@@ -55,10 +55,9 @@ def sample_users(comparison: Comparison, corpus: Corpus) -> list[Recommended]:
         for other in comparison.rows
         if other.evaluation is not None and other is not row
     ]
-    number_of = {corpus.item_source_id(item): item for item in range(corpus.num_items)}
 
     def title(source_id: str) -> str:
-        return catalog.title_text(corpus, number_of[source_id])
+        return catalog.title_text(corpus, corpus.item_numbers[source_id])
 
     chosen = []
     for n in (*hits, *misses):

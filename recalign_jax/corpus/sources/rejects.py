@@ -11,6 +11,12 @@ ON_ERROR = ("fail", "skip")
 _MAX_ROW_CHARACTERS = 10_000
 
 
+def rejected(path: pathlib.Path, line: int, row: Any, reason: str) -> dict[str, Any]:
+    """What is written of a row that cannot be used: JSON."""
+    raw = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
+    return {"file": path.name, "line": line, "reason": reason, "row": raw[:_MAX_ROW_CHARACTERS]}
+
+
 class Rejects:
     """Called by sources with each row they cannot use (a `records.Reject`).
 
@@ -35,6 +41,4 @@ class Rejects:
         if self._file is None:
             raise errors.InputError(f"{self.last}. Correct the row, or leave such rows out with --on_error skip.")
         self.count += 1
-        raw = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
-        record = {"file": path.name, "line": line, "reason": reason, "row": raw[:_MAX_ROW_CHARACTERS]}
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(rejected(path, line, row, reason)) + "\n")
