@@ -8,6 +8,9 @@ ROOT = pathlib.Path(__file__).parent
 # Beam holds protobuf below 7, for which later versions of sentencepiece are too new.
 BEAM = ["apache-beam>=2.77,<3", "sentencepiece>=0.2,<0.2.2"]
 
+# The site of docs/.
+DOCS = ["furo>=2025.12", "myst-parser>=5,<6", "sphinx>=9,<10"]
+
 # The TPU compiler, in the version that jax[tpu] takes.
 PLAN = "libtpu>=0.0.42,<0.0.43"
 
@@ -66,6 +69,7 @@ setuptools.setup(
     extras_require={
         "test": [
             *BEAM,
+            *DOCS,
             "hypothesis>=6.100",
             PLAN,
             "mypy>=1.11",
@@ -77,6 +81,7 @@ setuptools.setup(
             "torch>=2.5",
         ],
         "beam": BEAM,
+        "docs": DOCS,
         # What T5X's git heads import beside our own requirements; see docs/t5x.md.
         "t5x": ["cached_property>=2.0", "chex>=0.1.92", "fiddle>=0.3.1", "jaxtyping>=0.3.11", "tensorboard>=2.21"],
         "gpu": ["jax[cuda12]"],
