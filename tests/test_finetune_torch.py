@@ -37,8 +37,8 @@ def loss(config, z_loss):
     """Parameters, batch -> (mean loss, sums), as the train step has it."""
 
     def of(params, one):
-        sums = loss_sums(t5.graph(config), params, one, StepOptions(z_loss), 1, None)
-        return (sums["loss"] + sums["z_loss"]) / sums["weight"], sums
+        total, sums = loss_sums(t5.graph(config), params, one, StepOptions(z_loss), 1, None)
+        return total / sums["weight"], sums
 
     return of
 

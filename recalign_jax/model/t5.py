@@ -157,14 +157,7 @@ class T5(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> [..., V] float32; rows at and above `config.num_tokens` are -1e9."""
-        hidden = self._scaled(hidden)
-        if self.config.logits_via_embedding:
-            logits = jnp.einsum("...D,VD->...V", hidden, self.token_embedder.embedding[...])
-        else:
-            logits = self.decoder.logits_dense(hidden, jnp.float32)
-        if self.config.num_tokens is None:
-            return logits
-        return jnp.where(jnp.arange(logits.shape[-1]) < self.config.num_tokens, logits, MASKED_LOGIT)
+        return logits(self.config, hidden, self.output_embeddings())
 
     def output_embeddings(self) -> jax.Array:
         """The rows that `logits` multiplies with, [V, D] float32."""
@@ -185,11 +178,7 @@ class T5(nnx.Module):
         """
         if tokens.shape[-1] > _FEW_TOKENS:
             return jnp.take_along_axis(self.logits(hidden), tokens, axis=-1)
-        return jnp.einsum("...D,...WD->...W", self._scaled(hidden), jnp.take(embeddings, tokens, axis=0))
-
-    def _scaled(self, hidden: jax.Array) -> jax.Array:
-        hidden = hidden.astype(jnp.float32)
-        return hidden / self.config.emb_dim**0.5 if self.config.scale_decoder_outputs else hidden
+        return jnp.einsum("...D,...WD->...W", _scaled(self.config, hidden), jnp.take(embeddings, tokens, axis=0))
 
     def init_cache(
         self, encoded: jax.Array, encoder_mask: jax.Array, num_beams: int, max_steps: int
@@ -250,6 +239,16 @@ class T5(nnx.Module):
         return self.decoder.decoder_norm(x).reshape(*tokens.shape, -1), cache
 
 
+def logits(config: T5Config, hidden: jax.Array, embeddings: jax.Array) -> jax.Array:
+    """`T5.logits` as a function of all that it depends on; embeddings [V, D] are `T5.output_embeddings`."""
+    # One matrix product, as in Dense.
+    flat = _scaled(config, hidden).reshape(-1, config.emb_dim)
+    found = jnp.dot(flat, embeddings.T).reshape(*hidden.shape[:-1], -1)
+    if config.num_tokens is None:
+        return found
+    return jnp.where(jnp.arange(found.shape[-1]) < config.num_tokens, found, MASKED_LOGIT)
+
+
 def graph(config: T5Config) -> nnx.GraphDef:
     """The static half of a model, for `nnx.merge(graphdef, params)`. Allocates nothing."""
     return nnx.split(nnx.eval_shape(lambda: T5(config, nnx.Rngs(0))))[0]
@@ -268,6 +267,11 @@ def abstract_params(config: T5Config) -> Params:
 def create(config: T5Config, key: jax.Array) -> tuple[nnx.GraphDef, Params]:
     """Returns (graphdef, params) of a new model."""
     return graph(config), init_params(config, key)
+
+
+def _scaled(config: T5Config, hidden: jax.Array) -> jax.Array:
+    hidden = hidden.astype(jnp.float32)
+    return hidden / config.emb_dim**0.5 if config.scale_decoder_outputs else hidden
 
 
 def _bias(config: T5Config, bidirectional: bool, rngs: nnx.Rngs) -> RelativePositionBias:

@@ -1,9 +1,13 @@
 """Cross-entropy with z-loss, and sums that add up over rows, hosts and steps."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+OfTokens = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+Part = tuple[jax.Array, ...]
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, z_loss: float) -> tuple[jax.Array, jax.Array]:
@@ -25,36 +29,77 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, z_loss: float) -> tuple
     return log_z - target_logits, z_loss * jnp.square(log_z)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def in_chunks(
-    of_tokens: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
-    hidden: jax.Array,
-    targets: jax.Array,
-    chunks: int,
-) -> tuple[jax.Array, jax.Array]:
-    """`of_tokens(hidden, targets)`, a part of the target positions at a time.
+    of_tokens: OfTokens, chunks: int, embeddings: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The weighted loss of all target tokens, a part of the target positions at a time.
 
-    What it computes on the way (the logits) exists for one part only, also in the backward pass, which computes it
-    again.
+    Where gradients are asked for, those of a part are computed with its loss. So what lies between (the logits) exists
+    for one part only and is computed once, and with parts that fit a processor's cache isn't written to memory.
 
     Args:
-      of_tokens: from [B, t, D] and [B, t] to two arrays [B, t].
+      of_tokens: pure, from (embeddings, [B, t, D], [B, t]) to cross-entropy and z-loss, [B, t] each.
+      chunks: parts; must divide T.
+      embeddings: what else the logits are made of, [V, D].
       hidden: [B, T, D].
       targets: [B, T].
-      chunks: parts; must divide T.
+      weights: [B, T].
 
     Returns:
-      Two arrays [B, T].
+      (the sum of weight * (cross-entropy + z-loss), which alone has a gradient; cross-entropy [B, T]; z-loss [B, T]).
     """
-    if chunks == 1:
-        return of_tokens(hidden, targets)
+    of_part = _of_part(of_tokens)
+    total, (entropy, z) = jax.lax.map(lambda part: of_part(embeddings, *part), _parts(chunks, hidden, targets, weights))
+    return total.sum(), _joined(entropy), _joined(z)
+
+
+def _in_chunks_forward(
+    of_tokens: OfTokens, chunks: int, embeddings: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    with_gradients = jax.value_and_grad(_of_part(of_tokens), argnums=(0, 1), has_aux=True)
+
+    def add(carry: tuple[jax.Array, jax.Array], part: Part) -> tuple[tuple[jax.Array, jax.Array], Part]:
+        total, of_embeddings = carry
+        (of_this, (entropy, z)), (more, of_hidden) = with_gradients(embeddings, *part)
+        return (total + of_this, of_embeddings + more), (entropy, z, of_hidden)
+
+    zero = (jnp.zeros((), jnp.float32), jnp.zeros_like(embeddings))
+    (total, of_embeddings), outputs = jax.lax.scan(add, zero, _parts(chunks, hidden, targets, weights))
+    entropy, z, of_hidden = map(_joined, outputs)
+    return (total, entropy, z), (of_embeddings, of_hidden)
+
+
+def _in_chunks_backward(
+    _: OfTokens, __: int, gradients: tuple[jax.Array, jax.Array], cotangents: Part
+) -> tuple[jax.Array, jax.Array, None, None]:
+    of_embeddings, of_hidden = gradients
+    of_total = cotangents[0]
+    return of_total * of_embeddings, (of_total * of_hidden).astype(of_hidden.dtype), None, None
+
+
+in_chunks.defvjp(_in_chunks_forward, _in_chunks_backward)
+
+
+def _of_part(of_tokens: OfTokens) -> Callable[..., tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
+    def of_part(
+        embeddings: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        entropy, z = of_tokens(embeddings, hidden, targets)
+        return jnp.sum(weights * (entropy + z)), (entropy, z)
+
+    return of_part
+
+
+def _parts(chunks: int, *arrays: jax.Array) -> Part:
+    """[B, T, ...] as [chunks, B, T / chunks, ...]."""
     # By positions, not by rows: rows are split over devices, and every device has its share of every part.
-    batch, length = targets.shape
-    parts = jax.tree.map(
-        lambda x: jnp.moveaxis(x.reshape(batch, chunks, -1, *x.shape[2:]), 1, 0), (hidden, targets)
-    )  # [chunks, B, T / chunks, ...]
-    values = jax.lax.map(lambda part: jax.checkpoint(of_tokens)(*part), parts)
-    entropy, z = (jnp.moveaxis(x, 0, 1).reshape(batch, length) for x in values)
-    return entropy, z
+    return tuple(jnp.moveaxis(x.reshape(len(x), chunks, -1, *x.shape[2:]), 1, 0) for x in arrays)
+
+
+def _joined(x: jax.Array) -> jax.Array:
+    """[chunks, B, t, ...] as [B, chunks * t, ...]."""
+    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
 
 
 def summed(batch: dict[str, jax.Array], entropy: jax.Array, z: jax.Array, num_tasks: int) -> dict[str, jax.Array]:

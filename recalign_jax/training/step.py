@@ -31,8 +31,7 @@ class StepOptions:
     Attributes:
       z_loss: coefficient of the z-loss.
       gradient_accumulation: microbatches that a batch is cut into, one after the other; the step is that of the batch.
-      logits_chunks: parts of the target positions, of which one part's logits exist at a time; 1 keeps all for the
-        backward pass.
+      logits_chunks: parts of the target positions, of which one part's logits exist at a time.
 
     Raises:
       InputError: for numbers below 1.
@@ -133,8 +132,11 @@ def jit_eval_step(step: Callable[[Any, Batch], Sums], mesh: Mesh) -> Any:
 
 def loss_sums(
     graphdef: nnx.GraphDef, params: Any, batch: Batch, options: StepOptions, num_tasks: int, dropout_key: Any
-) -> Sums:
-    """The sums of a packed batch that its loss is made of, see `losses.summed`; `dropout_key` None: no dropout."""
+) -> tuple[jax.Array, Sums]:
+    """The weighted loss of a packed batch, and the sums that make its metrics, see `losses.summed`.
+
+    `dropout_key` None: no dropout. The first alone has a gradient.
+    """
     model = nnx.merge(graphdef, params)
     hidden = model.hidden(
         batch["encoder_input_tokens"],
@@ -144,12 +146,20 @@ def loss_sums(
         dropout_key,
     )  # [B, T, D]
 
-    def of_tokens(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = partitioning.constrain(model.logits(hidden), "batch", None, "vocab")  # [B, t, V]
+    def of_tokens(embeddings: jax.Array, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = t5.logits(model.config, hidden, embeddings)
+        logits = partitioning.constrain(logits, "batch", None, "vocab")  # [B, t, V]
         return losses.cross_entropy(logits, targets, options.z_loss)
 
-    entropy, z = losses.in_chunks(of_tokens, hidden, batch["decoder_target_tokens"], options.logits_chunks)
-    return losses.summed(batch, entropy, z, num_tasks)
+    total, entropy, z = losses.in_chunks(
+        of_tokens,
+        options.logits_chunks,
+        model.output_embeddings(),
+        hidden,
+        batch["decoder_target_tokens"],
+        batch["decoder_loss_weights"],
+    )
+    return total, losses.summed(batch, entropy, z, num_tasks)
 
 
 def make_train_step(
@@ -175,8 +185,8 @@ def make_train_step(
         def loss(params: Any, rows: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
             """The share of some rows in the mean loss of the batch."""
             whole = lora.merge(base, params, lora_options)
-            sums = loss_sums(graphdef, whole, rows, options, num_tasks, key)
-            return (sums["loss"] + sums["z_loss"]) / weight, sums
+            total, sums = loss_sums(graphdef, whole, rows, options, num_tasks, key)
+            return total / weight, sums
 
         gradients, sums = accumulated(
             jax.grad(loss, has_aux=True), state.params, batch, dropout_key, options.gradient_accumulation
@@ -214,6 +224,6 @@ def make_eval_step(graphdef: nnx.GraphDef, num_tasks: int) -> Callable[[Any, Bat
     """Returns `(params, batch) -> sums` without dropout and z-loss."""
 
     def eval_step(params: Any, batch: Batch) -> Sums:
-        return loss_sums(graphdef, params, batch, StepOptions(z_loss=0.0), num_tasks, None)
+        return loss_sums(graphdef, params, batch, StepOptions(z_loss=0.0), num_tasks, None)[1]
 
     return eval_step
