@@ -53,12 +53,14 @@ CHOICES = (  # each against `beauty_token_retrieval`, and the last one against `
     "beauty_token_retrieval_neighbours",
     "beauty_token_retrieval_aligned_equal",
 )
+LONG = ("beauty_token_retrieval_long", "beauty_token_retrieval_aligned_long")
 # Row -> its seeds, in the order of the queue.
 ROWS: dict[str, Sequence[int]] = {
     **{f"beauty_token_{mixture}": SEEDS for mixture in (*MIXTURES, "ranking", "ranking_aligned")},
     "beauty_shuffled_token_retrieval_aligned": SEEDS,
     **dict.fromkeys(CHOICES, SEEDS[:1]),
     **{f"beauty_title_{mixture}": SEEDS for mixture in MIXTURES},
+    **dict.fromkeys(LONG, SEEDS[:1]),
     **{f"toys_token_{mixture}": SEEDS for mixture in (*MIXTURES, "ranking", "ranking_aligned")},
     **{f"toys_title_{mixture}": SEEDS for mixture in MIXTURES},
     **{f"movielens_token_{mixture}": SEEDS for mixture in ("rating", "rating_aligned")},
@@ -195,7 +197,7 @@ def train(job: Job, record: dict[str, Any], lock: IO[str]) -> int:
         "command": shlex.join(job.train),
         "bindings": job.bindings,
         "settings": job.settings,
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "seconds": seconds,
         "since": since,
     }

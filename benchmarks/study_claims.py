@@ -48,6 +48,7 @@ def tables() -> list[Table]:
     for corpus, title in CORPORA.items():
         rows = [f"{corpus}_{item_format}_{mixture}" for item_format in ("token", "title") for mixture in study.MIXTURES]
         found.append(Table(f"Retrieval on {title}", "retrieval", rows, _baselines(f"amazon_{corpus}")))
+    found.append(Table("Retrieval on Beauty, trained for longer", "retrieval", study.LONG, _baselines("amazon_beauty")))
     shuffled = ("beauty_shuffled_token_retrieval_aligned",)
     title = "Retrieval on Beauty, equal timestamps shuffled"
     found.append(Table(title, "retrieval", shuffled, _baselines("amazon_beauty_shuffled")))
@@ -79,6 +80,12 @@ def claims() -> list[Claim]:
             text = f"The aligned model is above {name} ({title}, token)"
             aligned = f"{corpus}_token_retrieval_aligned"
             found.append(Claim(text, "retrieval", aligned, f"amazon_{corpus}/{method}"))
+        if corpus == "beauty":
+            for method, name in (("sasrec", "SASRec"), ("itemknn", "item-kNN")):
+                text = f"Trained for longer, the aligned model is above {name} ({title}, token)"
+                found.append(Claim(text, "retrieval", study.LONG[1], f"amazon_{corpus}/{method}"))
+            text = f"Trained for longer, MIM + MLM beside retrieval helps retrieval ({title}, token)"
+            found.append(Claim(text, "retrieval", study.LONG[1], study.LONG[0]))
         text = f"With titles the aligned model has more than twice the recall of popularity ({title})"
         aligned, popular = f"{corpus}_title_retrieval_aligned", f"amazon_{corpus}/popularity"
         found.append(Claim(text, "retrieval", aligned, popular, "recall@10", times=2.0))

@@ -62,7 +62,9 @@ def count(config):
     mlp = 3 * config.emb_dim * config.mlp_dim
     encoder = config.num_encoder_layers * (attention + mlp + 2 * config.emb_dim)
     decoder = config.num_decoder_layers * (2 * attention + mlp + 3 * config.emb_dim)
-    return encoder + decoder + 2 * config.emb_dim + 2 * 32 * config.num_heads + 2 * config.vocab_size * config.emb_dim
+    vocabularies = 1 if config.logits_via_embedding else 2
+    words = vocabularies * config.vocab_size * config.emb_dim
+    return encoder + decoder + 2 * config.emb_dim + 2 * 32 * config.num_heads + words
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FILES.glob("*.gin")))

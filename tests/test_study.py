@@ -52,9 +52,9 @@ def test_a_row_differs_from_the_base_in_what_its_name_says(row):
         if row.startswith(f"{name}_")
     )
     item_format, task = rest.split("_", 1)
-    long = {"title": ("{'inputs': 512, 'targets': 96}", "24"), "id": ("{'inputs': 128, 'targets': 16}", "96")}
+    long = {"title": ("{'inputs': 512, 'targets': 96}", "8"), "id": ("{'inputs': 128, 'targets': 16}", "32")}
     if task.startswith("rating"):
-        long["token"] = ("{'inputs': 112, 'targets': 8}", "112")
+        long["token"] = ("{'inputs': 112, 'targets': 8}", "36")
     if task.startswith("ranking"):
         long["token"] = long["id"]
     expected = {}
@@ -64,6 +64,7 @@ def test_a_row_differs_from_the_base_in_what_its_name_says(row):
         ("_no_prefixes", "PREFIX_AUGMENTATION", "False"),
         ("_neighbours", "NEIGHBOURS", "5"),
         ("_equal", "MIXTURE_TEMPERATURE", "1000000.0"),
+        ("_long", "TRAIN_STEPS", "32000"),
     ):
         if task.endswith(ending):
             task, expected[name] = task.removesuffix(ending), value
@@ -227,7 +228,7 @@ def test_other_settings_are_refused_and_a_corpus_that_is_not_there_is_left_out(s
     stand_in(capsys)
     _, called, printed = stand_in(capsys, "--gin.LEARNING_RATE=0.5", status=2)
     assert called == []
-    assert "beauty_token_retrieval/0 holds a run with other settings (LEARNING_RATE was 0.003, is 0.5)" in printed
+    assert "beauty_token_retrieval/0 holds a run with other settings (LEARNING_RATE was 0.03, is 0.5)" in printed
     told, called, printed = stand_in(capsys, rows=["movielens_token_rating"])
     assert (told, called) == ({"runs": [], "failed": []}, [])
     assert "movielens_token_rating is left out: Unknown task 'movielens_rating_token'" in printed
