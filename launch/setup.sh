@@ -1,5 +1,7 @@
 # Sourced by the scripts beside it: makes .venv in the project's root, once for every state of its dependencies.
-# Usage: setup_environment EXTRA   (EXTRA is "" or "[test]")
+# Usage: setup_environment EXTRA   (EXTRA is "", "[docs]" or "[test]")
+
+unset PYTHONDONTWRITEBYTECODE
 
 setup_environment() {
   local extra=$1 python=${PYTHON:-python3} want have
@@ -16,7 +18,7 @@ setup_environment() {
   have=$(cat .venv/recalign_stamp 2>/dev/null || true)
   if [ "$have" != "$want" ] && [ "$have" != "${want%"$extra"}[test]" ]; then
     echo "Installing into .venv (once; a few minutes) ..." >&2
-    # Modules are compiled when they are imported first: most never are.
+    # Modules are compiled when they are imported first, and kept: most never are.
     .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".$extra"
     echo "$want" > .venv/recalign_stamp
   fi

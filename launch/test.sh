@@ -10,7 +10,7 @@ export PATH="$PWD/.venv/bin:$PATH" JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} TF_CPP_MI
 export JAX_COMPILATION_CACHE_DIR=$(mktemp -d) JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
 trap 'rm -rf "$JAX_COMPILATION_CACHE_DIR"' EXIT
 # Two workers: most of a test's time is a compiler's, on one core. Files stay whole, their fixtures are costly, and in
-# order, or the longest one would come last.
+# the order of conftest.py: the longest first.
 workers=(-n 2 --dist loadfile --no-loadscope-reorder)
 python -m pytest "${workers[@]}" -m "not devices8" "$@"
 XLA_FLAGS="--xla_force_host_platform_device_count=8" python -m pytest "${workers[@]}" -m devices8 "$@"

@@ -24,6 +24,17 @@ hypothesis.settings.register_profile("recalign", deadline=None, derandomize=not 
 hypothesis.settings.load_profile("recalign")
 
 
+# The files that take longest come first: of two workers none is left with one of them while the other is done.
+LONGEST = (
+    *("test_interruptions.py", "test_train_loop.py", "test_commands.py", "test_lora.py"),
+    *("test_train_devices8.py", "test_memory_devices8.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("devices8"):
         import jax

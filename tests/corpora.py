@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from recalign_jax.commands import prepare
+from recalign_jax.commands import prepare, vocab
 from recalign_jax.corpus.corpus import Corpus, load_corpus
 from tests.shared_data import shared
 
@@ -54,6 +54,19 @@ def write_tables(
     (folder / "interactions.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
     return folder
+
+
+def prepare_shop(
+    folder: pathlib.Path,
+    interactions: Sequence[Sequence[object]],
+    items: Sequence[Mapping[str, object]],
+    vocabulary_size: int,
+) -> None:
+    """Makes `folder` a data directory: the corpus `shop`, its vocabulary words.model, and its tables in raw."""
+    write_tables(folder / "raw", interactions, items)
+    call(prepare, folder, "--source", "tables", "--input", str(folder / "raw"), "--corpus", "shop")
+    output = str(folder / "words.model")
+    call(vocab, folder, "--corpus", "shop", "--size", str(vocabulary_size), "--output", output)
 
 
 def corpus_in_memory(

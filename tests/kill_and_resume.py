@@ -26,7 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from recalign_jax import cli
 from recalign_jax.checkpoint import saved
 from recalign_jax.training import log
-from tests.corpora import write_tables
+from tests.corpora import prepare_shop
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS_A_KILL, CHECKPOINT_PERIOD = 8, 4
@@ -84,11 +84,7 @@ def prepare(folder: pathlib.Path) -> None:
         for moment, item in enumerate(random.permutation(30)[:8])
     ]
     items = [{"item_id": f"thing{n}", "title": f"red {n} kettle of tin"} for n in range(30)]
-    tables = write_tables(folder / "raw", rows, items)
-    where = ["--data_dir", str(folder)]
-    assert cli.main(["prepare", *where, "--source", "tables", "--input", str(tables), "--corpus", "shop"]) == 0
-    words = ["--corpus", "shop", "--size", "105", "--output", str(folder / "words.model")]
-    assert cli.main(["vocab", *where, *words]) == 0
+    prepare_shop(folder, rows, items, 105)
 
 
 def arguments(folder: pathlib.Path, name: str, steps: int, *more: str) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 
 from recalign_jax import cli
 from recalign_jax.checkpoint import saved, stacking
-from tests.corpora import write_tables
+from tests.corpora import prepare_shop
 
 USERS, ITEMS, LENGTH = 60, 40, 8
 TINY = ("--gin_file", "gin_configs/models/t5_tiny.gin")
@@ -63,25 +63,7 @@ def folder(tmp_path_factory):
         ("kettle", "drum", "lamp", "chair", "boat", "hat", "map", "cup"),
     )
     items = [{"item_id": f"thing{n}", "title": f"{adjectives[n % 5]} {nouns[n % 8]}"} for n in range(ITEMS)]
-    tables = write_tables(folder / "raw", interactions, items)
-    assert (
-        cli.main(
-            ["prepare", "--data_dir", str(folder), "--source", "tables", "--input", str(tables), "--corpus", "shop"]
-        )
-        == 0
-    )
-    vocab = [
-        "vocab",
-        "--data_dir",
-        str(folder),
-        "--corpus",
-        "shop",
-        "--size",
-        "105",
-        "--output",
-        str(folder / "words.model"),
-    ]
-    assert cli.main(vocab) == 0
+    prepare_shop(folder, interactions, items, 120)
     return folder
 
 
@@ -116,7 +98,7 @@ def eval_arguments(trained: pathlib.Path, shop: Shop) -> tuple[str, ...]:
 
 
 def test_train_evaluates_logs_and_reports(shop):
-    result = shop.train("with_evaluation", "--gin.EVAL_PERIOD=4", "--gin.NUM_BEAMS=5", "--gin.MAX_EVAL_USERS=20")
+    result = shop.train("with_evaluation", "--gin.EVAL_PERIOD=4", "--gin.NUM_BEAMS=10", "--gin.MAX_EVAL_USERS=20")
     assert result["step"] == 6
     assert np.isfinite(result["loss"])
     assert 0 < result["packing_efficiency"] <= 1
@@ -168,7 +150,7 @@ def test_train_other_tasks(shop, task):
 
 def test_eval(shop, trained):
     output = shop.folder / "evaluated"
-    more = ("--gin.TASK_NAME=shop_all_token", "--gin.NUM_BEAMS=12", f"--gin.OUTPUT_DIR={output}")
+    more = ("--gin.TASK_NAME=shop_all_token", "--gin.NUM_BEAMS=10", f"--gin.OUTPUT_DIR={output}")
     result = shop("eval", *eval_arguments(trained, shop), *more)
     values = result["retrieval"]
     assert values["users"] == result["ranking"]["users"] == USERS

@@ -18,6 +18,7 @@ from recalign_jax.training.input_pipeline import InputOptions
 from seqio_tasks.components import CorpusTask, SeqioTask, components
 from seqio_tasks.writing import Limits
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LENGTHS = {"inputs": 128, "targets": 48}
 

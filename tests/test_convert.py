@@ -31,6 +31,7 @@ from tests.test_checkpoint_formats import SMALL, SMALL_JSON, write_folder
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 TOLERANCE = 1e-4
 TINY_RUN = (
     *("--gin_file", "gin_configs/models/t5_tiny.gin", "--gin_file", "gin_configs/runs/finetune.gin"),

@@ -10,6 +10,7 @@ import pytest
 from recalign_jax import cli, hardware
 from recalign_jax.commands import doctor
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 GIN = ("--gin_file", "gin_configs/models/t5_tiny.gin", "--gin_file", "gin_configs/runs/finetune.gin")
 
 

@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from recalign_jax import cli
-from tests.corpora import write_tables
+from tests.corpora import prepare_shop
 
 USERS, ITEMS, LENGTH = 40, 30, 6
 TINY = ("--gin_file", "gin_configs/models/t5_tiny.gin")
@@ -52,16 +52,12 @@ def folder(tmp_path_factory, histories):
         {"item_id": item_id(n), "title": f"{words[0][n % 5]} {words[1][n % 6]}", "categories": [words[1][n % 6]]}
         for n in range(ITEMS)
     ]
-    raw = write_tables(folder / "raw", rows, items)
-    where = ("--data_dir", str(folder))
-    assert cli.main(["prepare", *where, "--source", "tables", "--input", str(raw), "--corpus", "shop"]) == 0
-    vocab = ("--corpus", "shop", "--size", "110", "--output", str(folder / "words.model"))
-    assert cli.main(["vocab", *where, *vocab]) == 0
+    prepare_shop(folder, rows, items, 110)
     train = [*TINY, "--gin_file", "gin_configs/runs/finetune.gin", "--gin.MIXTURE_OR_TASK_NAME=shop_all"]
     train += ["--gin.TASK_FEATURE_LENGTHS={'inputs': 256, 'targets': 32}", "--gin.TRAIN_STEPS=4", "--gin.BATCH_SIZE=4"]
     train += ["--gin.InputOptions.window=64", "--gin.InputOptions.data_shards=2"]
     train += [f"--gin.VOCABULARY={folder / 'words.model'}", f"--gin.MODEL_DIR={folder / 'model'}"]
-    assert cli.main(["train", *where, *train]) == 0
+    assert cli.main(["train", "--data_dir", str(folder), *train]) == 0
     return folder
 
 

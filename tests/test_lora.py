@@ -26,6 +26,7 @@ from recalign_jax.training.optimizer import make_optimizer
 from recalign_jax.training.step import StepOptions, TrainState, make_train_step, state_shardings
 from tests.test_commands import FAST, FINETUNE, eval_arguments, folder, shop  # noqa: F401 (fixtures)
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 FAST_COMPILATION = {"xla_backend_optimization_level": 0}
 CONFIG = T5Config(
     emb_dim=16,
@@ -285,14 +286,17 @@ def train_in(folder, model_dir, *arguments):  # noqa: F811
 @pytest.fixture(scope="module")
 def trained_base(folder):  # noqa: F811
     """Four steps of a whole model."""
-    return train_in(folder, "lora_base", "--gin.TRAIN_STEPS=4")
+    # The program of test_commands, compiled once.
+    return train_in(
+        folder, "lora_base", "--gin.TRAIN_STEPS=4", "--gin.MIXTURE_OR_TASK_NAME=shop_retrieval_aligned_token"
+    )
 
 
 @pytest.fixture(scope="module")
 def adapted(folder, trained_base):  # noqa: F811
     """Four steps of adapters of it, evaluated at the end."""
     start = f"--gin.INITIAL_CHECKPOINT={trained_base}"
-    return train_in(folder, "adapted", *LORA, start, "--gin.EVAL_PERIOD=4", "--gin.NUM_BEAMS=5")
+    return train_in(folder, "adapted", *LORA, start, "--gin.EVAL_PERIOD=4", "--gin.NUM_BEAMS=10")
 
 
 @pytest.fixture
@@ -335,7 +339,7 @@ def test_train_resume_and_evaluate(shop, train, trained_base, adapted):  # noqa:
     for path, array in found.items():
         np.testing.assert_array_equal(again[path], array, err_msg=path)
 
-    validation = ("--gin.SPLIT=validation", "--gin.NUM_BEAMS=5")
+    validation = ("--gin.SPLIT=validation", "--gin.NUM_BEAMS=10")
     evaluated = shop("eval", *eval_arguments(adapted, shop), *validation)["retrieval"]
     for name in ("recall@10", "ndcg@10"):
         assert evaluated[name] == records[-1][f"validation_{name}"]

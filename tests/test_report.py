@@ -18,7 +18,7 @@ import pytest
 from recalign_jax import cli
 from recalign_jax.corpus.corpus import load_corpus
 from recalign_jax.reporting import comparisons, curves, figures, gin_text, recommendations, runs
-from tests.corpora import write_tables
+from tests.corpora import prepare_shop
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -52,11 +52,8 @@ def shop(tmp_path_factory) -> pathlib.Path:
         for time, item in enumerate(random.permutation(ITEMS)[:LENGTH])
     ]
     items = [{"item_id": f"thing{n}", "title": f"{EVIL} {n}"} for n in range(ITEMS)]
-    tables = str(write_tables(folder / "raw", interactions, items))
-    data = ("--data_dir", str(folder / "data"))
-    recalign("prepare", *data, "--source", "tables", "--input", tables, "--corpus", "shop")
-    words = str(folder / "words.model")
-    recalign("vocab", *data, "--corpus", "shop", "--size", "120", "--output", words)
+    prepare_shop(folder / "data", interactions, items, 120)
+    data, words = ("--data_dir", str(folder / "data")), folder / "data" / "words.model"
     model_dir = folder / "runs" / "tiny" / "0"
     recalign("train", *data, *TRAIN, f"--gin.VOCABULARY={words}", f"--gin.MODEL_DIR={model_dir}")
     recalign("eval", *data, *TINY, "--gin_file", "gin_configs/runs/eval.gin", f"--gin.VOCABULARY={words}",

@@ -35,6 +35,7 @@ def training_part(sequence: list[int]) -> list[int]:
     return sequence[:-2] if len(sequence) >= 3 else sequence
 
 
+@functools.cache
 def sequences(corpus: Corpus) -> list[list[int]]:
     return [corpus.sequence(user).tolist() for user in range(corpus.num_users)]
 
