@@ -20,7 +20,7 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,51 +30,30 @@ import transformers
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from recalign_jax import gin_config, partitioning
-from recalign_jax.commands.common import model_config
-from recalign_jax.corpus.corpus import data_dir_or_default
+from benchmarks import our_training
+from benchmarks.our_training import LEARNING_RATE, Trainer, our_trainer, packed_batches
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
-from recalign_jax.training import input_pipeline
-from recalign_jax.training.input_pipeline import InputOptions, Stream
-from recalign_jax.training.optimizer import make_optimizer
-from recalign_jax.training.step import StepOptions, abstract_state, jit_train_step, make_train_step
-from seqio_tasks import components, task_names
-from seqio_tasks.tasks import register
+from recalign_jax.training.input_pipeline import Stream
 
-LEARNING_RATE = 1e-3
 TORCH_OPTIMIZERS = {"adafactor": torch.optim.Adafactor, "adamw": torch.optim.AdamW}
 
 IGNORED = -100  # the label of padding, for transformers
 PADDED = (("encoder", "input_ids"), ("decoder", "labels"))
 
 Sample = tuple[np.ndarray, np.ndarray]  # input and target tokens
-Trainer = Callable[[int], tuple[int, float]]  # number of a round -> (tokens, seconds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", required=True)
-    parser.add_argument("--vocabulary", required=True)
-    parser.add_argument("--mixture", default="retrieval_aligned")
-    parser.add_argument("--data_dir")
-    parser.add_argument("--model", default="gin_configs/models/t5_mini.gin", help="gin file")
+    our_training.add_arguments(parser)
     parser.add_argument("--optimizer", default="adafactor", choices=TORCH_OPTIMIZERS)
-    parser.add_argument("--inputs", type=int, default=512)
-    parser.add_argument("--targets", type=int, default=128)
-    parser.add_argument("--batch_size", type=int, default=8, help="packed rows of a step")
     parser.add_argument("--steps", type=int, default=3, help="of a round")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    gin_config.parse([args.model], [])
-    name = task_names.split_name(f"{args.corpus}_{args.mixture}", args.data_dir)
-    register(str(data_dir_or_default(args.data_dir) / args.corpus), args.vocabulary)
-    tasks = components.components(str(name))
-    options = InputOptions({"inputs": args.inputs, "targets": args.targets}, args.batch_size, data_shards=1)
-    stream = input_pipeline.make_stream(tasks, "train", 0, options)
-    config = model_config(max(task.num_tokens for task, _ in tasks))
+    name, stream, config = our_training.set_up(args)
     result = compare(stream, config, args.optimizer, args.steps, args.rounds)
-    print(json.dumps({"model": pathlib.Path(args.model).stem, "mixture": str(name)} | result))
+    print(json.dumps({"model": pathlib.Path(args.model).stem, "mixture": name} | result))
 
 
 def compare(
@@ -94,7 +73,8 @@ def compare(
         "dynamic": shuffled(samples, len(rows))[:number],
     }
     batches = {name: [collate(batch) for batch in order] for name, order in orders.items()}
-    trainers = {"ours": our_trainer(stream, config, optimizer, steps, waits)}
+    state, step = our_training.state_and_step(config, optimizer, len(stream.tasks))
+    trainers = {"ours": our_trainer(state, step, our_training.on_device(stream), steps, waits)}
     trainers |= {name: torch_trainer(config, optimizer, padded, steps) for name, padded in batches.items()}
     rates: dict[str, list[float]] = {name: [] for name in trainers}
     seconds = 0.0
@@ -124,10 +104,6 @@ def compare(
         "steps": steps * rounds,
         "threads": torch.get_num_threads(),
     }
-
-
-def packed_batches(stream: Stream) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-    return input_pipeline.local_batches(stream, input_pipeline.start_positions(stream.options))
 
 
 def unpack(batch: dict[str, np.ndarray]) -> Iterator[Sample]:
@@ -163,31 +139,6 @@ def collate(batch: Sequence[Sample]) -> dict[str, torch.Tensor]:
 
     inputs = pad(0, 0)
     return {"input_ids": inputs, "attention_mask": (inputs > 0).long(), "labels": pad(1, IGNORED)}
-
-
-def our_trainer(stream: Stream, config: T5Config, optimizer_name: str, steps: int, waits: list[float]) -> Trainer:
-    """Trains as `train` does. Appends to `waits` the seconds in which each step waited for samples."""
-    mesh = partitioning.make_mesh({}, jax.devices()[:1])
-    optimizer = make_optimizer(optimizer_name, LEARNING_RATE)
-    initialize, shapes = abstract_state(config, optimizer, mesh)
-    step = make_train_step(t5.graph(config), optimizer, StepOptions(), len(stream.tasks), 0)
-    jitted = jit_train_step(step, shapes, mesh)
-    state = jax.jit(initialize)(jax.random.key(0))
-    batches = input_pipeline.on_device(packed_batches(stream), partitioning.batch_sharding(mesh))
-
-    def train(turn: int) -> tuple[int, float]:
-        nonlocal state
-        started, counts = time.perf_counter(), []
-        for _ in range(steps):
-            asked = time.perf_counter()
-            batch, _ = next(batches)
-            waits.append(time.perf_counter() - asked)
-            state, sums = jitted(state, batch, None)
-            counts.append(sums["input_tokens"] + sums["target_tokens"])
-        jax.block_until_ready(state)
-        return int(sum(counts)), time.perf_counter() - started
-
-    return train
 
 
 def torch_trainer(

@@ -1,0 +1,90 @@
+"""Our side of the benchmarks of training: what `recalign train` trains on, and its loop without log and checkpoints."""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from recalign_jax import gin_config, partitioning
+from recalign_jax.commands.common import model_config
+from recalign_jax.corpus.corpus import data_dir_or_default
+from recalign_jax.model import t5
+from recalign_jax.model.config import T5Config
+from recalign_jax.training import input_pipeline
+from recalign_jax.training.input_pipeline import InputOptions, Stream
+from recalign_jax.training.optimizer import make_optimizer
+from recalign_jax.training.step import StepOptions, abstract_state, jit_train_step, make_train_step
+from seqio_tasks import components, task_names
+from seqio_tasks.tasks import register
+
+LEARNING_RATE = 1e-3
+
+Batch = dict[str, Any]
+Trainer = Callable[[int], tuple[int, float]]  # number of a round -> (useful tokens, seconds)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is trained, and on what."""
+    parser.add_argument("--corpus", required=True)
+    parser.add_argument("--vocabulary", required=True)
+    parser.add_argument("--mixture", default="retrieval_aligned")
+    parser.add_argument("--data_dir")
+    parser.add_argument("--model", default="gin_configs/models/t5_mini.gin", help="gin file")
+    parser.add_argument("--inputs", type=int, default=512)
+    parser.add_argument("--targets", type=int, default=128)
+    parser.add_argument("--batch_size", type=int, default=8, help="packed rows of a step")
+
+
+def set_up(args: argparse.Namespace) -> tuple[str, Stream, T5Config]:
+    """The mixture's name, its samples, and the model for its vocabulary."""
+    gin_config.parse([args.model], [])
+    name = str(task_names.split_name(f"{args.corpus}_{args.mixture}", args.data_dir))
+    register(str(data_dir_or_default(args.data_dir) / args.corpus), args.vocabulary)
+    tasks = components.components(name)
+    options = InputOptions({"inputs": args.inputs, "targets": args.targets}, args.batch_size, data_shards=1)
+    stream = input_pipeline.make_stream(tasks, "train", 0, options)
+    return name, stream, model_config(max(task.num_tokens for task, _ in tasks))
+
+
+def packed_batches(stream: Stream) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """Batches from the beginning of a run, each with the position after it."""
+    return input_pipeline.local_batches(stream, input_pipeline.start_positions(stream.options))
+
+
+def on_device(stream: Stream) -> Iterator[tuple[Batch, np.ndarray]]:
+    """The same on one device, as the train loop gets them."""
+    sharding = partitioning.batch_sharding(partitioning.make_mesh({}, jax.devices()[:1]))
+    return input_pipeline.on_device(packed_batches(stream), sharding)
+
+
+def state_and_step(config: T5Config, optimizer_name: str, num_tasks: int) -> tuple[Any, Any]:
+    """A new run's state on one device, and the real step under jit, still to be compiled."""
+    mesh = partitioning.make_mesh({}, jax.devices()[:1])
+    optimizer = make_optimizer(optimizer_name, LEARNING_RATE)
+    initialize, shapes = abstract_state(config, optimizer, mesh)
+    step = make_train_step(t5.graph(config), optimizer, StepOptions(), num_tasks, 0)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    state = jax.jit(initialize, out_shardings=shardings)(jax.random.key(0))
+    return state, jit_train_step(step, shapes, mesh)
+
+
+def our_trainer(state: Any, step: Any, batches: Iterator[tuple[Batch, Any]], steps: int, waits: list[float]) -> Trainer:
+    """Trains as `train` does. Appends to `waits` the seconds in which each step waited for samples."""
+
+    def train(turn: int) -> tuple[int, float]:
+        nonlocal state
+        del turn
+        started, counts = time.perf_counter(), []
+        for _ in range(steps):
+            asked = time.perf_counter()
+            batch, _ = next(batches)
+            waits.append(time.perf_counter() - asked)
+            state, sums = step(state, batch, None)
+            counts.append(sums["input_tokens"] + sums["target_tokens"])
+        jax.block_until_ready(state)
+        return int(sum(counts)), time.perf_counter() - started
+
+    return train
