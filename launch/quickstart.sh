@@ -30,7 +30,7 @@ recalign train --gin_file gin_configs/experiments/quickstart.gin \
   --gin.VOCABULARY="$vocabulary" --gin.MODEL_DIR="$run/model" --json | tee "$run/train.log"
 
 say "4/7 evaluation on the test split, all items ranked"
-recalign eval --gin_file gin_configs/models/t5_tiny.gin --gin_file gin_configs/runs/eval.gin \
+recalign eval --gin_file gin_configs/models/t5_tiny_tied.gin --gin_file gin_configs/runs/eval.gin \
   --gin.TASK_NAME=movielens_retrieval_token --gin.VOCABULARY="$vocabulary" \
   --gin.CHECKPOINT_PATH="$run/model" --gin.OUTPUT_DIR="$run/model/evaluation" --json | tail -n 1 > "$run/eval.json"
 recalign baseline --corpus movielens --method popularity --output_dir "$run/popularity" --json | tail -n 1 > "$run/popularity.json"
@@ -38,7 +38,7 @@ recalign baseline --corpus movielens --method sasrec --gin_file gin_configs/expe
   --model_dir "$run/sasrec" --output_dir "$run/sasrec/evaluation" --json | tail -n 1 > "$run/sasrec.json"
 
 say "5/7 top-10 recommendations"
-recalign infer --gin_file gin_configs/models/t5_tiny.gin --gin_file gin_configs/runs/infer.gin \
+recalign infer --gin_file gin_configs/models/t5_tiny_tied.gin --gin_file gin_configs/runs/infer.gin \
   --gin.TASK_NAME=movielens_retrieval_token --gin.VOCABULARY="$vocabulary" --gin.SPLIT=all --gin.MAX_USERS=5 \
   --gin.CHECKPOINT_PATH="$run/model" --gin.OUTPUT_DIR="$run/recommendations"
 
