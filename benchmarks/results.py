@@ -156,6 +156,8 @@ def render(found: dict[str, Runs], split: str, folder: str) -> tuple[str, dict[s
         image = f"![{panel.description}]({folder}/{panel.name}.svg)"
         parts.append(f"## {table.title}\n\n{_table(table, rows)}\n\n{_budget(table, found)}\n\n{image}")
     parts.append(_every_run(found))
+    if missing := _missing(found):
+        parts.append(f"## Not run yet\n\n{missing}")
     return "\n\n".join(parts) + "\n", drawn
 
 
@@ -164,7 +166,8 @@ def _head(found: dict[str, Runs], split: str) -> str:
     return (
         "# Results\n\nWritten by `benchmarks/results.py` from the runs of `benchmarks/study.py` and "
         "`benchmarks/baselines.py`: no number is typed by hand. Models are small and trained from scratch, on "
-        f"{' or '.join(map(str, cores))} CPU cores. Figures are of the {split} split, as `docs/protocol.md` says; of a "
+        f"{' or '.join('one CPU core' if count == 1 else f'{count} CPU cores' for count in cores)}. Figures "
+        f"are of the {split} split, as `docs/protocol.md` says; of a "
         "row with several seeds they are mean ± standard deviation over them, and the best of a column is bold. "
         "Tokens are those of inputs and targets that a row was trained on, without padding. Minutes are wall time of "
         "training with its evaluations, summed over all parts of an interrupted one, whatever else the machine did; of "
@@ -268,6 +271,16 @@ def _every_run(found: dict[str, Runs]) -> str:
             file = f"gin_configs/experiments/study_{name}.gin"
             commands[f"recalign train --gin_file {file} --gin.SEED={record['seed']}{more}"] = None
     return "\n".join([*lines, "\n```bash", *commands, "```"])
+
+
+def _missing(found: dict[str, Runs]) -> str:
+    """The seeds of the study's rows that have no finished run."""
+    lines = []
+    for name, seeds in study.ROWS.items():
+        done = {record["seed"] for record in found[name].records} if name in found else set()
+        if left := [str(seed) for seed in seeds if seed not in done]:
+            lines.append(f"- {name}: {'seeds' if len(left) > 1 else 'seed'} {', '.join(left)}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -369,11 +369,13 @@ def test_the_page_has_the_numbers_of_the_folders(folders, monkeypatch, capsys):
     assert len(found) == 3
     assert "- **Undecided:** The aligned model is above SASRec (Beauty, token)." in page
 
-    every = page.split("## Every run\n")[1]
+    every, missing = page.split("## Every run\n")[1].split("## Not run yet\n")
     assert every.count("\n| beauty_token") == 5
     command = "recalign train --gin_file gin_configs/experiments/study_beauty_token_retrieval.gin --gin.SEED="
     assert f"\n{command}0\n" in every
     assert f"\n{command}2 '--gin.X=1 2'\n" in every
+    assert "- beauty_token_retrieval_aligned: seed 2\n- beauty_token_ranking: seeds 0, 1, 2\n" in missing
+    assert "- beauty_token_retrieval:" not in missing
 
 
 def test_verdicts(folders):
