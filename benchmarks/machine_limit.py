@@ -34,7 +34,7 @@ from recalign_jax.model import flops
 from recalign_jax.model.config import T5Config
 
 SQUARE = 3072
-SMALLEST = 0.2  # seconds that a product is repeated for
+LEAST_SECONDS = 0.2  # seconds that a product is repeated for
 
 
 class Product(NamedTuple):
@@ -131,14 +131,16 @@ def forward_and_backward(product: Product) -> Callable[[], float]:
         return result, backward(gradient)
 
     keys = jax.random.split(jax.random.key(0), 3)
-    left, right = (jax.random.normal(key, shape) for key, shape in zip(keys, (product.left, product.right)))  # noqa: B905
+    left, right = (
+        jax.random.normal(key, shape) for key, shape in zip(keys[:2], (product.left, product.right), strict=True)
+    )
     shape = jax.eval_shape(lambda a, b: jnp.einsum(product.einsum, a, b), left, right).shape
     gradient = jax.random.normal(keys[2], shape)
 
     def seconds() -> float:
         jax.block_until_ready(all_three(left, right, gradient))
         taken: list[float] = []
-        while sum(taken) < SMALLEST:
+        while sum(taken) < LEAST_SECONDS:
             started = time.perf_counter()
             jax.block_until_ready(all_three(left, right, gradient))
             taken.append(time.perf_counter() - started)

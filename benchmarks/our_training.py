@@ -41,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def set_up(args: argparse.Namespace) -> tuple[str, Stream, T5Config]:
     """The mixture's name, its samples, and the model for its vocabulary."""
     gin_config.parse([args.model], [])
+    if T5Config().logits_via_embedding:
+        raise SystemExit(f"{args.model}: the other side has no such model, its logits have a kernel of their own.")
     name = str(task_names.split_name(f"{args.corpus}_{args.mixture}", args.data_dir))
     register(str(data_dir_or_default(args.data_dir) / args.corpus), args.vocabulary)
     tasks = components.components(name)

@@ -180,7 +180,8 @@ def _claims(found: dict[str, Runs]) -> str:
         "## What the experiments say\n",
         "The difference between two rows on the same users (NDCG@10 unless it says otherwise), above 0 where the "
         f"claim holds, with a 95 % paired bootstrap interval over users and seeds ({RESAMPLES:,} resamples). A claim "
-        "is supported if the whole interval is above 0, contradicted if it is below, else undecided. Of a row with "
+        "is supported if the whole interval is above 0, contradicted if it is below, else undecided. At equal steps a "
+        "mixture has fewer samples of each of its tasks than the task alone. Of a row with "
         "one seed the interval knows nothing of the spread over seeds.\n",
         "| claim | difference | 95 % interval | seeds | |\n|---|---|---|---|---|",
     ]

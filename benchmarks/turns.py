@@ -21,7 +21,7 @@ Ask = Callable[[str], Answer]
 
 
 @contextlib.contextmanager
-def side(command: Sequence[str], environment: dict[str, str] | None = None) -> Iterator[tuple[Answer, Ask]]:
+def side(command: Sequence[str]) -> Iterator[tuple[Answer, Ask]]:
     """Starts a program that calls `serve`, and ends it afterwards.
 
     Yields:
@@ -30,7 +30,7 @@ def side(command: Sequence[str], environment: dict[str, str] | None = None) -> I
     Raises:
       SystemExit: when the program ends by itself, with the end of what it wrote.
     """
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(

@@ -1,8 +1,6 @@
 # Sourced by the scripts beside it: makes .venv in the project's root, once for every state of its dependencies.
 # Usage: setup_environment EXTRA   (EXTRA is "", "[docs]" or "[test]")
 
-unset PYTHONDONTWRITEBYTECODE
-
 setup_environment() {
   local extra=$1 python=${PYTHON:-python3} want have
   want=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2] if sys.version_info >= (3, 11) else "")')
@@ -16,10 +14,13 @@ setup_environment() {
   # The stamp says for which dependencies the environment was made.
   want=$(cat setup.py constraints.txt | sha256sum | cut -d' ' -f1)$extra
   have=$(cat .venv/recalign_stamp 2>/dev/null || true)
-  if [ "$have" != "$want" ] && [ "$have" != "${want%"$extra"}[test]" ]; then
+  # That of the tests has all, and any has what the commands need.
+  if [ "$have" != "$want" ] && [ "$have" != "${want%"$extra"}[test]" ] && [ "$extra${have%%\[*}" != "$want" ]; then
     echo "Installing into .venv (once; a few minutes) ..." >&2
-    # Modules are compiled when they are imported first, and kept: most never are.
+    # Modules are compiled when they are imported first, and kept (see below): most never are.
     .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".$extra"
     echo "$want" > .venv/recalign_stamp
   fi
+  # What is imported is compiled once, not by every process.
+  unset PYTHONDONTWRITEBYTECODE
 }

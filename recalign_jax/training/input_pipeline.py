@@ -26,6 +26,7 @@ from seqio_tasks.components import Component
 from seqio_tasks.writing import Limits
 
 Batch = dict[str, np.ndarray]
+BATCHES_AHEAD = 2
 
 
 @gin.configurable
@@ -197,13 +198,13 @@ def put(batch: Batch, sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
 
 
 def on_device(
-    batches: Iterator[tuple[Batch, np.ndarray]], sharding: jax.sharding.Sharding, ahead: int = 2
+    batches: Iterator[tuple[Batch, np.ndarray]], sharding: jax.sharding.Sharding
 ) -> Iterator[tuple[dict[str, jax.Array], np.ndarray]]:
     """Moves batches to the devices a few steps before they are needed."""
     queue: collections.deque[tuple[dict[str, jax.Array], np.ndarray]] = collections.deque()
     for batch, positions in batches:
         queue.append((put(batch, sharding), positions))
-        if len(queue) > ahead:
+        if len(queue) > BATCHES_AHEAD:
             yield queue.popleft()
     yield from queue
 

@@ -71,7 +71,7 @@ def _in_chunks_forward(
 
 
 def _in_chunks_backward(
-    _: OfTokens, __: int, gradients: tuple[jax.Array, jax.Array], cotangents: Part
+    _: OfTokens, __: int, gradients: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array, None, None]:
     of_embeddings, of_hidden = gradients
     of_total = cotangents[0]
@@ -104,6 +104,8 @@ def _joined(x: jax.Array) -> jax.Array:
 
 def summed(batch: dict[str, jax.Array], entropy: jax.Array, z: jax.Array, num_tasks: int) -> dict[str, jax.Array]:
     """Weighted sums of a batch: `metrics` divides them, after any number of them were added.
+
+    None has a gradient: the total of `in_chunks` has.
 
     Args:
       batch: rows as `packing.pack` writes them.

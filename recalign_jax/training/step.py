@@ -220,10 +220,11 @@ def accumulated(
     return jax.lax.scan(add, zeros, inputs)[0]
 
 
-def make_eval_step(graphdef: nnx.GraphDef, num_tasks: int) -> Callable[[Any, Batch], Sums]:
+def make_eval_step(graphdef: nnx.GraphDef, num_tasks: int, logits_chunks: int = 1) -> Callable[[Any, Batch], Sums]:
     """Returns `(params, batch) -> sums` without dropout and z-loss."""
+    options = StepOptions(z_loss=0.0, logits_chunks=logits_chunks)
 
     def eval_step(params: Any, batch: Batch) -> Sums:
-        return loss_sums(graphdef, params, batch, StepOptions(z_loss=0.0), num_tasks, None)[1]
+        return loss_sums(graphdef, params, batch, options, num_tasks, None)[1]
 
     return eval_step

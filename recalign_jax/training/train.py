@@ -182,7 +182,7 @@ def train(
     train_step = jit_train_step(
         make_train_step(graphdef, optimizer, step_options, len(names), options.seed, lora_options), shapes, mesh
     )
-    eval_step = jit_eval_step(make_eval_step(graphdef, len(names)), mesh)
+    eval_step = jit_eval_step(make_eval_step(graphdef, len(names), step_options.logits_chunks), mesh)
     base_shardings = jax.tree.map(lambda leaf: leaf.sharding, base)
     merge = jax.jit(functools.partial(lora.merge, options=lora_options), out_shardings=base_shardings)
     add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
