@@ -25,6 +25,7 @@ import transformers
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from benchmarks.train_throughput import untied
 from recalign_jax import partitioning
 from recalign_jax.checkpoint import huggingface
 from recalign_jax.checkpoint.initial import load_initial
@@ -68,10 +69,7 @@ def write_model(
     """A model with transformers' random initialization, also written to the folder."""
     torch.manual_seed(0)
     values = json.loads(config.read_text(encoding="utf-8")) | changes | {"dropout_rate": 0.0}
-    model = transformers.T5ForConditionalGeneration(transformers.T5Config.from_dict(values))
-    if model.lm_head.weight is model.shared.weight:  # transformers 5 ties what it makes, whatever the config says
-        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) / model.config.d_model**0.5)
-        model.config.tie_word_embeddings = False
+    model = untied(transformers.T5ForConditionalGeneration(transformers.T5Config.from_dict(values)))
     model.save_pretrained(folder)
     return model
 

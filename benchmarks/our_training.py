@@ -56,15 +56,19 @@ def packed_batches(stream: Stream) -> Iterator[tuple[dict[str, np.ndarray], np.n
     return input_pipeline.local_batches(stream, input_pipeline.start_positions(stream.options))
 
 
+def one_device() -> jax.sharding.Mesh:
+    return partitioning.make_mesh({}, jax.devices()[:1])
+
+
 def on_device(stream: Stream) -> Iterator[tuple[Batch, np.ndarray]]:
     """The same on one device, as the train loop gets them."""
-    sharding = partitioning.batch_sharding(partitioning.make_mesh({}, jax.devices()[:1]))
+    sharding = partitioning.batch_sharding(one_device())
     return input_pipeline.on_device(packed_batches(stream), sharding)
 
 
 def state_and_step(config: T5Config, optimizer_name: str, num_tasks: int) -> tuple[Any, Any]:
     """A new run's state on one device, and the real step under jit, still to be compiled."""
-    mesh = partitioning.make_mesh({}, jax.devices()[:1])
+    mesh = one_device()
     optimizer = make_optimizer(optimizer_name, LEARNING_RATE)
     initialize, shapes = abstract_state(config, optimizer, mesh)
     step = make_train_step(t5.graph(config), optimizer, StepOptions(), num_tasks, 0)

@@ -27,7 +27,7 @@ def main() -> None:
     rows = [batch for batch, _ in itertools.islice(our_training.packed_batches(stream), args.steps)]
     np.savez(f"{args.folder}/rows.npz", **{key: np.stack([batch[key] for batch in rows]) for key in rows[0]})
 
-    sharding = partitioning.batch_sharding(partitioning.make_mesh({}, jax.devices()[:1]))
+    sharding = partitioning.batch_sharding(our_training.one_device())
     same_rows = itertools.cycle([(input_pipeline.put(batch, sharding), None) for batch in rows])
     state, step = our_training.state_and_step(config, "adafactor", len(stream.tasks))
     started = time.perf_counter()

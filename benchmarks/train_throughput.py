@@ -178,10 +178,15 @@ def torch_model(config: T5Config) -> transformers.T5ForConditionalGeneration:
             decoder_start_token_id=0,
         )
     )
-    if model.lm_head.weight is model.shared.weight:  # transformers 5 ties what it makes, whatever the config says
-        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) / config.emb_dim**0.5)
+    return untied(model).train()
+
+
+def untied(model: transformers.T5ForConditionalGeneration) -> transformers.T5ForConditionalGeneration:
+    """The model with a kernel of its own for the logits: transformers 5 ties what it makes, whatever the config."""
+    if model.lm_head.weight is model.shared.weight:
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) / model.config.d_model**0.5)
         model.config.tie_word_embeddings = False
-    return model.train()
+    return model
 
 
 def fill(batches: Sequence[dict[str, Any]], name: str) -> float:
