@@ -22,28 +22,18 @@ from grain.experimental import FirstFitPackIterDataset
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from recalign_jax.corpus.corpus import data_dir_or_default
+from benchmarks import our_training
 from recalign_jax.training import input_pipeline, packing
-from recalign_jax.training.input_pipeline import InputOptions, Stream
-from seqio_tasks import components, task_names
-from seqio_tasks.tasks import register
+from recalign_jax.training.input_pipeline import Stream
 from seqio_tasks.writing import Limits
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", required=True)
-    parser.add_argument("--vocabulary", required=True)
-    parser.add_argument("--mixture", default="retrieval_aligned")
-    parser.add_argument("--data_dir")
-    parser.add_argument("--inputs", type=int, default=512)
-    parser.add_argument("--targets", type=int, default=128)
+    our_training.add_data_arguments(parser)
     parser.add_argument("--windows", type=int, default=8)
     args = parser.parse_args()
-    name = task_names.split_name(f"{args.corpus}_{args.mixture}", args.data_dir)
-    register(str(data_dir_or_default(args.data_dir) / args.corpus), args.vocabulary)
-    options = InputOptions(task_feature_lengths={"inputs": args.inputs, "targets": args.targets})
-    stream = input_pipeline.make_stream(components.components(str(name)), "train", 0, options)
+    name, stream = our_training.set_up_data(args)
     input_pipeline.pack_window(stream, 0)  # fills the caches: the catalogue's tokens, the words
     seconds, full = [], []
     for window in range(1, args.windows + 1):
@@ -53,8 +43,8 @@ def main() -> None:
         full.append([(rows[f"{side}_segment_ids"] > 0).mean() for side in ("encoder", "decoder")])
     encoder, decoder = np.mean(full, axis=0)
     result = {
-        "mixture": str(name),
-        "samples_per_second": round(options.window / statistics.median(seconds)),
+        "mixture": name,
+        "samples_per_second": round(stream.options.window / statistics.median(seconds)),
         "processes": 1,
         "encoder_efficiency": round(float(encoder), 3),
         "decoder_efficiency": round(float(decoder), 3),

@@ -28,27 +28,35 @@ Trainer = Callable[[int], tuple[int, float]]  # number of a round -> (useful tok
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is trained, and on what."""
+    add_data_arguments(parser)
+    parser.add_argument("--model", default="gin_configs/models/t5_mini.gin", help="gin file")
+    parser.add_argument("--batch_size", type=int, default=8, help="packed rows of a step")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which samples."""
     parser.add_argument("--corpus", required=True)
     parser.add_argument("--vocabulary", required=True)
     parser.add_argument("--mixture", default="retrieval_aligned")
     parser.add_argument("--data_dir")
-    parser.add_argument("--model", default="gin_configs/models/t5_mini.gin", help="gin file")
     parser.add_argument("--inputs", type=int, default=512)
     parser.add_argument("--targets", type=int, default=128)
-    parser.add_argument("--batch_size", type=int, default=8, help="packed rows of a step")
 
 
 def set_up(args: argparse.Namespace) -> tuple[str, Stream, T5Config]:
     """The mixture's name, its samples, and the model for its vocabulary."""
     gin_config.parse([args.model], [])
-    if T5Config().logits_via_embedding:
-        raise SystemExit(f"{args.model}: the other side has no such model, its logits have a kernel of their own.")
+    name, stream = set_up_data(args, batch_size=args.batch_size, data_shards=1)
+    return name, stream, model_config(max(task.num_tokens for task in stream.tasks))
+
+
+def set_up_data(args: argparse.Namespace, **options: Any) -> tuple[str, Stream]:
+    """The mixture's name, and its samples; `options` are more of InputOptions."""
     name = str(task_names.split_name(f"{args.corpus}_{args.mixture}", args.data_dir))
     register(str(data_dir_or_default(args.data_dir) / args.corpus), args.vocabulary)
+    lengths = {"inputs": args.inputs, "targets": args.targets}
     tasks = components.components(name)
-    options = InputOptions({"inputs": args.inputs, "targets": args.targets}, args.batch_size, data_shards=1)
-    stream = input_pipeline.make_stream(tasks, "train", 0, options)
-    return name, stream, model_config(max(task.num_tokens for task, _ in tasks))
+    return name, input_pipeline.make_stream(tasks, "train", 0, InputOptions(lengths, **options))
 
 
 def packed_batches(stream: Stream) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:

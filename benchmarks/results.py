@@ -24,14 +24,15 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from benchmarks import baselines, study
 from benchmarks.study_claims import Claim, Table, claims, tables
 from recalign_jax.errors import InputError
+from recalign_jax.evaluation.report import EVALUATION_FILE
 from recalign_jax.files import atomic_file
 from recalign_jax.reporting import figures
+from recalign_jax.reporting.comparisons import MAIN
 from recalign_jax.reporting.curves import metric_name
 from recalign_jax.reporting.figures import Panel
 
-# The metrics of tables, and the one of figures.
+# The metrics of tables.
 METRICS = baselines.FAMILIES
-MAIN = {"retrieval": "ndcg@10", "ranking": "ndcg@10", "rating": "rmse"}
 RESAMPLES = 1000
 
 
@@ -67,13 +68,13 @@ def read(runs: pathlib.Path, conventional: pathlib.Path | None, split: str) -> d
     """All finished runs, by the name of their row (of a baseline CORPUS/ROW)."""
     found = {}
     for name in study.ROWS:
-        folders = [folder / split for folder in _seeds(runs / name) if (folder / split / study.EVALUATED).is_file()]
+        folders = [folder / split for folder in _seeds(runs / name) if (folder / split / EVALUATION_FILE).is_file()]
         records = [json.loads((folder.parent / study.RECORD).read_text(encoding="utf-8")) for folder in folders]
         if folders:
             found[name] = Runs(name, folders, _told(folders), records)
     names = dict.fromkeys(name for table in tables() for name in table.baselines)
     for name, place in [(name, conventional / split / name) for name in names] if conventional else ():
-        folders = [folder for folder in _seeds(place) if (folder / study.EVALUATED).is_file()]
+        folders = [folder for folder in _seeds(place) if (folder / EVALUATION_FILE).is_file()]
         told = _told(folders)
         if folders:
             found[name] = Runs(name, folders, told, [{"seconds": one.get("training_seconds")} for one in told])
@@ -85,7 +86,7 @@ def _seeds(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _told(folders: Sequence[pathlib.Path]) -> list[dict[str, Any]]:
-    return [json.loads((folder / study.EVALUATED).read_text(encoding="utf-8")) for folder in folders]
+    return [json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8")) for folder in folders]
 
 
 def per_user(runs: Runs, family: str, metric: str) -> tuple[list[str], np.ndarray]:

@@ -23,6 +23,10 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from recalign_jax.corpus.corpus import data_dir_or_default
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECALIGN = [sys.executable, "-m", "recalign_jax.cli"]
 
@@ -33,11 +37,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", required=True)
     parser.add_argument("--vocabulary", required=True)
-    parser.add_argument("--data_dir", default=os.environ.get("RECALIGN_DATA_DIR", "~/recalign_data"))
+    parser.add_argument("--data_dir")
     parser.add_argument("--t5x_python", help="the Python of an environment with T5X")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    data_dir = str(pathlib.Path(args.data_dir).expanduser().resolve())
+    data_dir = str(data_dir_or_default(args.data_dir).resolve())
     vocabulary = str(pathlib.Path(args.vocabulary).resolve())
     rounds = [one_round(args.corpus, data_dir, vocabulary, args.t5x_python) for _ in range(args.rounds)]
     medians = {

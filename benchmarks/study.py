@@ -35,13 +35,14 @@ import recalign_jax.commands.eval
 import recalign_jax.commands.train  # noqa: F401 (both: what the gin files configure)
 from recalign_jax import gin_config
 from recalign_jax.errors import InputError
+from recalign_jax.evaluation.report import EVALUATION_FILE
 from recalign_jax.files import atomic_file
 from recalign_jax.training import log
 from seqio_tasks import task_names
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROGRAM = (sys.executable, "-m", "recalign_jax.cli")
-RECORD, EVALUATED = "study.json", "metrics.json"
+RECORD = "study.json"
 
 SEEDS = (0, 1, 2)
 MIXTURES = ("retrieval", "retrieval_mim", "retrieval_mlm", "retrieval_aligned")
@@ -179,7 +180,7 @@ def run(job: Job, split: str) -> int:
             check_settings(job, record["settings"])
         if "steps" not in record and (status := train(job, record, lock)):
             return status
-        if not (job.folder / split / EVALUATED).is_file():
+        if not (job.folder / split / EVALUATION_FILE).is_file():
             return call(job.evaluate, lock)
     return 0
 

@@ -25,7 +25,8 @@ def main() -> None:
     args = argparse.Namespace(**json.loads(sys.argv[1]))
     name, stream, config = our_training.set_up(args)
     rows = [batch for batch, _ in itertools.islice(our_training.packed_batches(stream), args.steps)]
-    np.savez(f"{args.folder}/rows.npz", **{key: np.stack([batch[key] for batch in rows]) for key in rows[0]})
+    theirs = [t5x_features(batch) for batch in rows]
+    np.savez(f"{args.folder}/rows.npz", **{key: np.stack([batch[key] for batch in theirs]) for key in theirs[0]})
 
     sharding = partitioning.batch_sharding(our_training.one_device())
     same_rows = itertools.cycle([(input_pipeline.put(batch, sharding), None) for batch in rows])
@@ -56,6 +57,26 @@ def main() -> None:
         "input": lambda: turns.feed(next(input_cycles)),
     }
     turns.serve(ready, answers)
+
+
+def t5x_features(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Packed rows as T5X has them: with positions, and every target token counted once."""
+    segments = ("encoder_segment_ids", "decoder_segment_ids")
+    names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens", *segments)
+    return {
+        **{name: batch[name] for name in names},
+        **{name.replace("segment_ids", "positions"): positions(batch[name]) for name in segments},
+        "decoder_loss_weights": (batch["decoder_segment_ids"] > 0).astype(np.int32),
+    }
+
+
+def positions(segments: np.ndarray) -> np.ndarray:
+    """The place of every token in its segment, [B, L]; 0 in padding."""
+    places = np.broadcast_to(np.arange(segments.shape[1]), segments.shape)
+    begins = np.diff(segments, axis=1, prepend=-1) != 0
+    return np.where(segments > 0, places - np.maximum.accumulate(np.where(begins, places, 0), axis=1), 0).astype(
+        np.int32
+    )
 
 
 def cycles(batches: Iterator[tuple[Batch, np.ndarray]], windows: int) -> Iterator[Iterator[Batch]]:

@@ -162,7 +162,9 @@ def torch_trainer(
 
 
 def torch_model(config: T5Config) -> transformers.T5ForConditionalGeneration:
-    """transformers' T5 of the same sizes, in training mode."""
+    """transformers' T5 of the same sizes, in training mode; SystemExit for a model whose logits share the embedding."""
+    if config.logits_via_embedding:
+        raise SystemExit("The side in torch has a kernel of its own for the logits: take a model that has one, too.")
     model = transformers.T5ForConditionalGeneration(
         transformers.T5Config(
             vocab_size=config.vocab_size,

@@ -79,18 +79,18 @@ def next_rating(corpus: Corpus, split: str, index: int, prefixes: bool = True) -
     return _rated(corpus, user, np.arange(start, start + position), int(start + position))
 
 
-def random_rating(corpus: Corpus, split: str, index: int, seed: int = 0) -> RatedQuery:
+def random_rating(corpus: Corpus, split: str, index: int) -> RatedQuery:
     """An interaction of a part of the random 8:1:1 split; the history is what the user rated before it in training."""
-    interaction = int(random_part(corpus, split, seed)[index])
+    interaction = int(random_part(corpus, split)[index])
     user = int(np.searchsorted(corpus.user_offsets, interaction, side="right")) - 1
     before = np.arange(corpus.user_offsets[user], interaction)
-    return _rated(corpus, user, before[_random_parts(corpus, seed)[before] == 0], interaction)
+    return _rated(corpus, user, before[_random_parts(corpus)[before] == 0], interaction)
 
 
 @functools.lru_cache(maxsize=16)
-def random_part(corpus: Corpus, split: str, seed: int = 0) -> np.ndarray:
+def random_part(corpus: Corpus, split: str) -> np.ndarray:
     """The interactions of a part of the random split: positions in the arrays of the corpus, int64."""
-    return np.flatnonzero(_random_parts(corpus, seed) == holdout.RANDOM_PARTS.index(split))
+    return np.flatnonzero(_random_parts(corpus) == holdout.RANDOM_PARTS.index(split))
 
 
 def window_end(corpus: Corpus, split: str, index: int) -> tuple[int, int]:
@@ -143,5 +143,5 @@ def _training_pairs(corpus: Corpus) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=8)
-def _random_parts(corpus: Corpus, seed: int) -> np.ndarray:
-    return holdout.random_parts(corpus.num_interactions, seed)
+def _random_parts(corpus: Corpus) -> np.ndarray:
+    return holdout.random_parts(corpus.num_interactions)

@@ -75,9 +75,6 @@ def test_marks_are_seen_and_the_program_is_ended(tmp_path):
 
 
 def test_positions_begin_anew_in_every_segment():
-    pytest.importorskip("t5x", reason="T5X isn't installed, see docs/t5x.md", exc_type=ImportError)
-    from benchmarks import train_t5x_peer
-
     segments = np.asarray([[1, 1, 1, 2, 2, 0], [1, 2, 3, 3, 3, 3]])
     expected = [[0, 1, 2, 0, 1, 0], [0, 0, 0, 1, 2, 3]]
-    np.testing.assert_array_equal(train_t5x_peer.positions(segments), expected)
+    np.testing.assert_array_equal(train_t5x_ours.positions(segments), expected)

@@ -6,6 +6,7 @@ from typing import Any
 
 from recalign_jax import terminal
 from recalign_jax.errors import InputError
+from recalign_jax.evaluation.report import EVALUATION_FILE
 from recalign_jax.reporting import runs
 from recalign_jax.reporting.runs import Evaluation, Run
 
@@ -49,7 +50,7 @@ def _of_run(one: Run, now: float) -> dict[str, Any]:
 def _of_counted(one: Evaluation) -> dict[str, Any]:
     """A baseline without model_dir: all that is kept of it is its evaluation, written when it had ended."""
     nothing: dict[str, Any] = {"corpora": [], "step": None, "last_step": None}
-    written = _utc((one.folder / runs.EVALUATION_FILE).stat().st_mtime)
+    written = _utc((one.folder / EVALUATION_FILE).stat().st_mtime)
     told = {"name": one.name, "kind": "baseline", "of": one.told["method"], "state": "finished"}
     return told | nothing | {"best": one.told.get("best"), "last_written": written}
 

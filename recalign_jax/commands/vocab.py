@@ -29,9 +29,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with files.atomic_file(path) as aside:
         aside.write_bytes(model)
     terminal.say(f"Written to {path}.")
-    gin_files = ("--gin_file=gin_configs/models/t5_tiny_tied.gin", "--gin_file=gin_configs/runs/finetune.gin")
+    gin_files = ("--gin_file=gin_configs/models/t5_tiny_tied.gin", "--gin_file=gin_configs/runs/from_scratch.gin")
     task = f"--gin.MIXTURE_OR_TASK_NAME={corpus.name}_retrieval_aligned_token"
-    schedule = ("--gin.LEARNING_RATE=0.03", "--gin.SCHEDULE=linear_warmup_cosine", "--gin.WARMUP_STEPS=200")
-    place = (f"--gin.VOCABULARY={path}", "--gin.MODEL_DIR=DIR")
-    terminal.next_step("recalign", "train", *gin_files, task, *place, *schedule)
+    terminal.next_step("recalign", "train", *gin_files, task, f"--gin.VOCABULARY={path}", "--gin.MODEL_DIR=DIR")
     return {"path": str(path), "size": args.size}

@@ -32,12 +32,12 @@ def target_positions(lengths: np.ndarray, split: str) -> np.ndarray:
     return lengths - _FROM_END[split]
 
 
-def random_parts(num_interactions: int, seed: int = 0) -> np.ndarray:
-    """Returns the part of each interaction in a seeded random 8:1:1 split: uint8 [N], a position in RANDOM_PARTS.
+def random_parts(num_interactions: int) -> np.ndarray:
+    """Returns the part of each interaction in a fixed random 8:1:1 split: uint8 [N], a position in RANDOM_PARTS.
 
     The usual protocol of rating prediction. It cuts across leave-one-out, so no mixture may hold both.
     """
-    order = np.random.default_rng([seed, 811]).permutation(num_interactions)
+    order = np.random.default_rng([0, 811]).permutation(num_interactions)
     parts = np.zeros(num_interactions, np.uint8)
     tenth = num_interactions // 10
     parts[order[:tenth]] = 1

@@ -17,6 +17,7 @@ from recalign_jax.evaluation.slices import slices
 from recalign_jax.files import atomic_file
 from recalign_jax.metrics import Estimate
 
+EVALUATION_FILE = "metrics.json"
 # Columns of a table, by what ends the names of the metrics in them.
 COLUMNS = {"": "value", "_unfiltered": "unfiltered", "_argmax": "most likely"}
 
@@ -71,7 +72,7 @@ def publish(
             write_users(result, corpus, folder / f"{result.family}.parquet")
     told |= about
     if folder is not None:
-        with atomic_file(folder / "metrics.json") as aside:
+        with atomic_file(folder / EVALUATION_FILE) as aside:
             aside.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     return told
 

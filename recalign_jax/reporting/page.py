@@ -16,10 +16,11 @@ from recalign_jax import __version__
 from recalign_jax.corpus.corpus import Corpus
 from recalign_jax.corpus.statistics import statistics as corpus_statistics
 from recalign_jax.errors import InputError
+from recalign_jax.evaluation.report import EVALUATION_FILE
 from recalign_jax.reporting import comparisons, corpora, curves, figures, recommendations
 from recalign_jax.reporting.comparisons import Comparison, Row
 from recalign_jax.reporting.figures import Panel
-from recalign_jax.reporting.runs import EVALUATION_FILE, Evaluation, Run
+from recalign_jax.reporting.runs import Evaluation, Run
 
 _TEMPLATES = pathlib.Path(__file__).parent / "templates"
 _LIBRARIES = ("jinja2", "matplotlib", "numpy")
