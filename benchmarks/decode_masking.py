@@ -55,9 +55,8 @@ from recalign_jax.decoding import forced
 from recalign_jax.decoding.beam_search import Beams, advance, widths_of
 from recalign_jax.decoding.cache import follow_parents, slot_order
 from recalign_jax.decoding.finished import none
-from recalign_jax.decoding.likelihood import log_normalizer
 from recalign_jax.decoding.permitted import Permitted, permitted
-from recalign_jax.decoding.scoring import Decoder
+from recalign_jax.decoding.scoring import Decoder, log_normalizer
 from recalign_jax.decoding.trie import EOS_ID, Trie, build_trie
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config

@@ -7,7 +7,8 @@ holds `amazon_beauty`, `amazon_toys`, `amazon_beauty_shuffled` (prepared by `--t
 vocabularies that `recalign vocab` trained on `amazon_beauty` and `amazon_toys` (--size 4000) and `movielens` (--size
 1000); a row whose corpus isn't there is left out.
 
-Each run is a `recalign train`, and a `recalign eval` of its last checkpoint; both are printed. OUTPUT/ROW/SEED is its
+Each run is a `recalign train`, and a `recalign eval` of its last checkpoint, or of its best one where the row has a
+BEST_METRIC; both are printed. OUTPUT/ROW/SEED is its
 MODEL_DIR, and holds SPLIT/metrics.json with Parquet files, and study.json: command, seed, settings, steps, useful
 tokens, and wall seconds summed over all parts of the training. The queue may be stopped at any time: the same command
 goes on, and what is done isn't done again. A training that outlived its queue is waited for. A folder whose run has
@@ -34,6 +35,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import recalign_jax.commands.eval
 import recalign_jax.commands.train  # noqa: F401 (both: what the gin files configure)
 from recalign_jax import gin_config
+from recalign_jax.checkpoint.saved import BEST
 from recalign_jax.errors import InputError
 from recalign_jax.evaluation.report import EVALUATION_FILE
 from recalign_jax.files import atomic_file
@@ -153,7 +155,7 @@ def make_job(
     values = {
         "TASK_NAME": settings["MIXTURE_OR_TASK_NAME"],
         "SPLIT": split,
-        "CHECKPOINT_PATH": str(folder),
+        "CHECKPOINT_PATH": str(folder if settings["BEST_METRIC"] == "None" else folder / BEST),
         "OUTPUT_DIR": str(folder / split),
     }
     for name, value in gin_config.snapshot().items():  # the model, prompts and decoding as in training

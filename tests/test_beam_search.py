@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from recalign_jax.decoding.beam_search import beam_search
-from recalign_jax.decoding.likelihood import log_normalizer, sequence_scores
-from recalign_jax.decoding.scoring import SCORES, Decoder
+from recalign_jax.decoding.scoring import SCORES, Decoder, log_normalizer
 from recalign_jax.decoding.trie import EOS_ID, build_trie
+from tests.reference_scores import sequence_scores
 from tests.shared_data import shared
 from tests.test_trie import VOCAB, build, pad, padded, random_catalogue, seeds
 
@@ -460,18 +460,6 @@ def test_real_titles():
             logits = table[state(inputs, np.arange(inputs.shape[-1]))[user]]
             np.testing.assert_allclose(sequence_scores(logits, targets[user]), scores[user], atol=1e-4, rtol=1e-5)
         excluded = np.concatenate([items, excluded], axis=1)[:, :50]
-
-
-def test_sequence_scores():
-    rng = np.random.default_rng(0)
-    logits = rng.normal(size=(2, 3, 4, VOCAB))
-    targets = np.array([[[2, 3, 4, 1], [5, 1, 0, 0], [1, 0, 0, 0]]] * 2)
-    logits[..., 0] = -np.inf  # then padding is impossible, and must still count nothing
-    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    expected = np.zeros((2, 3))
-    for user, candidate, position in zip(*np.nonzero(targets), strict=True):
-        expected[user, candidate] += log_probs[user, candidate, position, targets[user, candidate, position]]
-    np.testing.assert_allclose(sequence_scores(jnp.asarray(logits), jnp.asarray(targets)), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("vocab", [1000, 32_768, 40_000, 40_064])

@@ -1,44 +1,21 @@
 """Reading Hugging Face folders and T5X checkpoints: T5X's own numbers come out, and what doesn't fit is named."""
 
 import json
-import pathlib
 import shutil
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx, serialization
-from safetensors.numpy import save_file
 
 from recalign_jax.checkpoint import huggingface, stacking, t5x
 from recalign_jax.errors import InputError
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
+from tests.checkpoint_folders import SMALL, SMALL_JSON, T5X_TINY, state_dict, write_folder
 from tests.shared_data import shared
 
 TOLERANCE = 1e-4
-T5X_TINY = T5Config(
-    vocab_size=384, emb_dim=32, num_heads=4, head_dim=8, num_encoder_layers=3, num_decoder_layers=2, mlp_dim=64
-)
-SMALL = T5Config(
-    vocab_size=40, emb_dim=16, num_heads=3, head_dim=4, num_encoder_layers=2, num_decoder_layers=3, mlp_dim=24
-)
-SMALL_JSON = {
-    "model_type": "t5",
-    "vocab_size": 40,
-    "d_model": 16,
-    "num_heads": 3,
-    "d_kv": 4,
-    "num_layers": 2,
-    "num_decoder_layers": 3,
-    "d_ff": 24,
-    "feed_forward_proj": "gated-gelu",
-    "tie_word_embeddings": False,
-    "dropout_rate": 0.1,
-    "layer_norm_epsilon": 1e-6,
-    "relative_attention_num_buckets": 32,
-    "relative_attention_max_distance": 128,
-}
 
 
 # ---------------------------------------------------------------- T5X
@@ -120,22 +97,9 @@ def params():
     return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), t5.abstract_params(SMALL))
 
 
-def write_folder(folder: pathlib.Path, arrays, values=SMALL_JSON, files=1):
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(values))
-    if files == 1:
-        save_file(arrays, folder / "model.safetensors")
-        return
-    names = [f"model-{number + 1:05}-of-{files:05}.safetensors" for number in range(files)]
-    for number, file in enumerate(names):
-        save_file({name: arrays[name] for name in sorted(arrays)[number::files]}, folder / file)
-    weight_map = {name: names[number % files] for number, name in enumerate(sorted(arrays))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-
-
 @pytest.mark.parametrize("files", [1, 3])
 def test_huggingface_round_trip_is_bitwise(params, tmp_path, files):
-    write_folder(tmp_path, huggingface.unload_params(params, SMALL), files=files)
+    write_folder(tmp_path, state_dict(params, SMALL), files=files)
     config = huggingface.read_config(tmp_path)
     assert config == SMALL
     again = huggingface.load_params(huggingface.read_arrays(tmp_path), config, str(tmp_path))
@@ -146,7 +110,7 @@ def test_names_are_those_of_transformers(params):
     transformers = pytest.importorskip("transformers")
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**SMALL_JSON))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if "embed_tokens" not in name}
-    ours = {name: array.shape for name, array in huggingface.unload_params(params, SMALL).items()}
+    ours = {name: array.shape for name, array in state_dict(params, SMALL).items()}
     assert ours == expected
 
 
@@ -164,7 +128,7 @@ def test_folder_that_transformers_wrote_loads(tmp_path):
 def test_bfloat16_weights_become_float32(params, tmp_path):
     import ml_dtypes
 
-    arrays = {name: x.astype(ml_dtypes.bfloat16) for name, x in huggingface.unload_params(params, SMALL).items()}
+    arrays = {name: x.astype(ml_dtypes.bfloat16) for name, x in state_dict(params, SMALL).items()}
     write_folder(tmp_path, arrays)
     loaded = huggingface.load_params(huggingface.read_arrays(tmp_path), SMALL, str(tmp_path))
     kernel, original = (tree["encoder"]["layers"]["mlp"]["wo"]["kernel"] for tree in (loaded, params))
@@ -180,7 +144,7 @@ def test_pickle_is_refused_with_what_to_do(tmp_path):
 
 
 def test_huggingface_mismatch_names_the_parameter(params, tmp_path):
-    arrays = huggingface.unload_params(params, SMALL)
+    arrays = state_dict(params, SMALL)
     with pytest.raises(InputError, match=r"'lm_head.weight' has shape \[40, 16\], the model expects \[64, 16\]"):
         huggingface.load_params(arrays, T5Config(**{**vars(SMALL), "vocab_size": 64}), "here")
     wider = T5Config(**{**vars(SMALL), "mlp_dim": 32})
@@ -211,7 +175,7 @@ def test_folder_that_is_incomplete_is_an_error(params, tmp_path):
     (tmp_path / "config.json").write_text("{\n broken")
     with pytest.raises(InputError, match=r"config\.json:2: not valid JSON"):
         huggingface.read_config(tmp_path)
-    write_folder(tmp_path, huggingface.unload_params(params, SMALL), files=2)
+    write_folder(tmp_path, state_dict(params, SMALL), files=2)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(InputError, match=r"'model-00002-of-00002\.safetensors', which is not in the folder"):
         huggingface.read_arrays(tmp_path)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from recalign_jax import partitioning
-from recalign_jax.checkpoint import arrays, huggingface, stacking, training
+from recalign_jax.checkpoint import arrays, stacking, training
 from recalign_jax.checkpoint.arrays import LazyArray, place, whole
 from recalign_jax.checkpoint.formats import open_checkpoint, our_params
 from recalign_jax.checkpoint.initial import load_initial
@@ -19,8 +19,8 @@ from recalign_jax.checkpoint.stacking import Source
 from recalign_jax.errors import InputError
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
+from tests.checkpoint_folders import SMALL_JSON, T5X_TINY, state_dict, write_folder
 from tests.shared_data import shared
-from tests.test_checkpoint_formats import SMALL_JSON, T5X_TINY, write_folder
 
 # Every dimension can be split over four devices.
 CONFIG = T5Config(
@@ -40,7 +40,7 @@ def params():
 def folders(params, tmp_path_factory):
     """The same parameters as a Hugging Face folder, and as one of our own checkpoints."""
     root = tmp_path_factory.mktemp("checkpoints")
-    write_folder(root / "huggingface", huggingface.unload_params(params, CONFIG), JSON, files=3)
+    write_folder(root / "huggingface", state_dict(params, CONFIG), JSON, files=3)
     with training.open_checkpoints(str(root / "recalign"), keep=3) as checkpoints:
         metadata = {"identity": {}, "model": dataclasses.asdict(CONFIG), "positions": []}
         training.save(checkpoints, 3, params, {"count": np.int32(3)}, metadata)
@@ -171,7 +171,7 @@ def test_other_networks_of_t5x_are_refused(tmp_path, rename, message):
 
 
 def test_damaged_safetensors_are_named(params, tmp_path):
-    write_folder(tmp_path, huggingface.unload_params(params, CONFIG), JSON, files=2)
+    write_folder(tmp_path, state_dict(params, CONFIG), JSON, files=2)
     part, index = tmp_path / "model-00002-of-00002.safetensors", tmp_path / "model.safetensors.index.json"
     good = part.read_bytes()
     part.write_bytes(good[:-100])

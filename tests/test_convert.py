@@ -25,8 +25,8 @@ from recalign_jax.model.config import T5Config
 from recalign_jax.model.lora import LoraOptions
 from seqio_tasks import specs
 from seqio_tasks import vocabulary as vocabularies
+from tests.checkpoint_folders import SMALL, SMALL_JSON, state_dict, write_folder
 from tests.shared_data import shared
-from tests.test_checkpoint_formats import SMALL, SMALL_JSON, write_folder
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
@@ -64,7 +64,7 @@ def params():
 @pytest.fixture
 def folder(params, tmp_path):
     """A Hugging Face folder of SMALL as safetensors' own writer writes it."""
-    write_folder(tmp_path / "first", huggingface.unload_params(params, SMALL))
+    write_folder(tmp_path / "first", state_dict(params, SMALL))
     return tmp_path / "first"
 
 
@@ -102,9 +102,7 @@ def our_model(path):
 @pytest.mark.parametrize(("dtype", "bits"), [(np.float32, "float32"), (ml_dtypes.bfloat16, "bfloat16")])
 @pytest.mark.parametrize("max_shard_size", ["5", "0.000005"])
 def test_there_and_back_is_bitwise(params, convert, tmp_path, dtype, bits, max_shard_size):
-    write_folder(
-        tmp_path / "first", {name: x.astype(dtype) for name, x in huggingface.unload_params(params, SMALL).items()}
-    )
+    write_folder(tmp_path / "first", {name: x.astype(dtype) for name, x in state_dict(params, SMALL).items()})
     first = stored(tmp_path / "first")
     there = convert(tmp_path / "first", tmp_path / "own", "recalign")
     assert there["input_format"] == "huggingface"
@@ -305,7 +303,7 @@ def test_a_vocabulary_that_was_not_known_can_be_given_later(convert, tmp_path, s
     config = dataclasses.replace(SMALL, vocab_size=384)
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape, np.float32), t5.abstract_params(config))
-    write_folder(tmp_path / "first", huggingface.unload_params(params, config), SMALL_JSON | {"vocab_size": 384})
+    write_folder(tmp_path / "first", state_dict(params, config), SMALL_JSON | {"vocab_size": 384})
     convert(tmp_path / "first", tmp_path / "ours", "recalign")
     convert(tmp_path / "ours", tmp_path / "again", "huggingface", "--vocabulary", shop_words.path)
     assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "again")) == shop_words.num_tokens
@@ -315,7 +313,7 @@ def test_t5_vocabulary_is_written_as_flan_t5_has_it(convert, tmp_path):
     """All 32,128 rows of a pretrained model are kept: nothing says which of them are tokens."""
     config = dataclasses.replace(SMALL, vocab_size=32128)
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), t5.abstract_params(config))
-    write_folder(tmp_path / "first", huggingface.unload_params(params, config), SMALL_JSON | {"vocab_size": 32128})
+    write_folder(tmp_path / "first", state_dict(params, config), SMALL_JSON | {"vocab_size": 32128})
     pieces = shared("data/t5_vocabulary/spiece.model")
     convert(tmp_path / "first", tmp_path / "second", "huggingface", "--vocabulary", str(pieces))
     assert json.loads((tmp_path / "second" / "config.json").read_text())["vocab_size"] == 32128
@@ -366,7 +364,7 @@ def test_a_failure_half_way_leaves_what_was_there(folder, convert, tmp_path, to,
 
 
 def test_what_can_not_be_converted_is_named(folder, params, convert, tmp_path):
-    arrays = huggingface.unload_params(params, SMALL)
+    arrays = state_dict(params, SMALL)
     del arrays["decoder.block.2.layer.1.EncDecAttention.o.weight"]
     write_folder(tmp_path / "less", arrays)
     message = convert(tmp_path / "less", tmp_path / "own", "recalign", status=2)

@@ -12,7 +12,6 @@ from pyarrow import parquet
 
 from recalign_jax import partitioning, recommender
 from recalign_jax.commands import baseline, common, eval, train
-from recalign_jax.decoding.likelihood import sequence_scores
 from recalign_jax.errors import InputError
 from recalign_jax.evaluation import ranking, rating, report, results, retrieval
 from recalign_jax.evaluation.results import EvaluationOptions, Result
@@ -25,6 +24,7 @@ from seqio_tasks import samples, specs, writing
 from seqio_tasks.specs import TaskOptions
 from seqio_tasks.writing import Limits
 from tests.corpora import call, prepared, write_tables
+from tests.reference_scores import sequence_scores
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 

@@ -10,8 +10,8 @@ import pytest
 from recalign_jax.checkpoint import huggingface, stacking, t5x
 from recalign_jax.model import t5
 from recalign_jax.training.step import StepOptions, loss_sums
+from tests.checkpoint_folders import T5X_TINY
 from tests.shared_data import shared
-from tests.test_checkpoint_formats import T5X_TINY
 from tests.test_model_torch import CONFIG, batch, our_params, torch, torch_logits, torch_model  # noqa: F401 (fixture)
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")

@@ -11,8 +11,8 @@ from recalign_jax.checkpoint import stacking, t5x, training
 from recalign_jax.checkpoint.initial import load_initial
 from recalign_jax.errors import InputError
 from recalign_jax.model import t5
+from tests.checkpoint_folders import SMALL, T5X_TINY, state_dict, write_folder
 from tests.shared_data import shared
-from tests.test_checkpoint_formats import SMALL, T5X_TINY, write_folder
 
 
 def shapes(config):
@@ -32,9 +32,8 @@ def random_params():
 @pytest.fixture
 def folder(random_params, tmp_path):
     """A Hugging Face folder of SMALL, whose vocabulary has 40 rows."""
-    from recalign_jax.checkpoint import huggingface
 
-    write_folder(tmp_path / "hf", huggingface.unload_params(random_params, SMALL))
+    write_folder(tmp_path / "hf", state_dict(random_params, SMALL))
     return str(tmp_path / "hf")
 
 

@@ -10,13 +10,13 @@ import pytest
 from flax import nnx
 
 from recalign_jax import partitioning, recommender
-from recalign_jax.decoding.likelihood import sequence_scores
 from recalign_jax.evaluation import retrieval
 from recalign_jax.evaluation.results import EvaluationOptions
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
 from recalign_jax.recommender import DecodingOptions, make_recommender
 from seqio_tasks import samples, specs
+from tests.reference_scores import sequence_scores
 
 BATCH = 8
 

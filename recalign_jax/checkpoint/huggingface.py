@@ -9,8 +9,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from recalign_jax.checkpoint import stacking
 from recalign_jax.checkpoint.arrays import Array, open_safetensors
 from recalign_jax.checkpoint.stacking import Source
@@ -104,11 +102,6 @@ def load_params(arrays: Mapping[str, Array], config: T5Config, where: str) -> di
     Raises InputError that names a parameter which is missing, left over or of another shape.
     """
     return stacking.load(stacking.without(_ALIASES, arrays), sources(config), abstract_params(config), where)
-
-
-def unload_params(params: dict[str, Any], config: T5Config) -> dict[str, np.ndarray]:
-    """Returns the arrays of a `T5ForConditionalGeneration.state_dict()`, float32 (aliases of `shared` left out)."""
-    return {name: np.asarray(array) for name, array in stacking.split(stacking.flatten(params), sources(config))}
 
 
 def config_values(config: T5Config) -> dict[str, Any]:

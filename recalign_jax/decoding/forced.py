@@ -7,9 +7,8 @@ import jax.numpy as jnp
 
 from recalign_jax.decoding.cache import Cache
 from recalign_jax.decoding.finished import Finished, best, of_run
-from recalign_jax.decoding.likelihood import log_normalizer
 from recalign_jax.decoding.permitted import Permitted
-from recalign_jax.decoding.scoring import Decoder
+from recalign_jax.decoding.scoring import Decoder, log_normalizer
 from recalign_jax.decoding.trie import EOS_ID, Trie
 
 _RUN = 4  # tokens of a beam a call; after each call the search may end, as the beams that go on can't win any more
