@@ -168,8 +168,9 @@ def _head(found: dict[str, Runs], split: str) -> str:
         "# Results\n\nWritten by `benchmarks/results.py` from the runs of `benchmarks/study.py` and "
         "`benchmarks/baselines.py`: no number is typed by hand. Models are small and trained from scratch, on "
         f"{' or '.join('one CPU core' if count == 1 else f'{count} CPU cores' for count in cores)}. Figures "
-        f"are of the {split} split, as `docs/protocol.md` says; of a "
-        "row with several seeds they are mean ± standard deviation over them, and the best of a column is bold. "
+        f"are of the {split} split, as `docs/protocol.md` says, and of the last checkpoint, or of the one that "
+        "validation chose where the list of runs names its step; of a row with several seeds they are mean ± standard "
+        "deviation over them, and the best of a column is bold. "
         "Tokens are those of inputs and targets that a row was trained on, without padding. Minutes are wall time of "
         "training with its evaluations, summed over all parts of an interrupted one, whatever else the machine did; of "
         "baselines those of their training alone."
@@ -266,8 +267,10 @@ def _every_run(found: dict[str, Runs]) -> str:
             family = next(family for family in METRICS if family in told)
             shown = ", ".join(f"{metric_name(metric)} {told[family][metric]:.4f}" for metric in METRICS[family])
             tokens = f"{record['tokens']:,}" if record["tokens"] else "-"
+            chosen = f" (chosen: {told['step']:,})" if told["step"] != record["steps"] else ""
             lines.append(
-                f"| {name} | {record['seed']} | {record['steps']:,} | {tokens} | {record['seconds']:,.0f} | {shown} |"
+                f"| {name} | {record['seed']} | {record['steps']:,}{chosen} | {tokens} | {record['seconds']:,.0f} | "
+                f"{shown} |"
             )
             more = "".join(f" {shlex.quote(binding)}" for binding in record["bindings"])
             file = f"gin_configs/experiments/study_{name}.gin"
