@@ -5,7 +5,10 @@ line if there is one) and what to do about it.
 """
 
 import difflib
-from collections.abc import Iterable
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class RecalignError(Exception):
@@ -46,3 +49,36 @@ def check_choice(name: str, value: str, known: Iterable[str]) -> None:
     known = list(known)
     if value not in known:
         raise InputError(f"{name} is {value!r}, not one of {', '.join(known)}.{did_you_mean(value, known)}")
+
+
+_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "True or False"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    dict: ((dict,), "a mapping"),
+    tuple: ((tuple, list), "several values, as (1, 2)"),
+    Sequence: ((tuple, list), "several values, as ('a', 'b')"),
+    types.NoneType: ((types.NoneType,), "None"),
+}
+
+
+def check_kinds(options: Any) -> None:
+    """Holds the fields of a dataclass against their annotations: settings come from gin, which takes any value.
+
+    Text may be anything but None: a folder may be called 2024.
+
+    Raises:
+      InputError: names the field, its value and what it must be.
+    """
+    for name, annotation in typing.get_type_hints(type(options)).items():
+        value = getattr(options, name)
+        parts = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+        kinds = [typing.get_origin(part) or part for part in parts]
+        if any(kind not in _KINDS for kind in kinds) and value is not None:
+            continue
+        known = [_KINDS[kind] for kind in kinds if kind in _KINDS]
+        allowed = tuple(one for types_of, _ in known for one in types_of)
+        # Python counts True among the whole numbers.
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            what = " or ".join(told for _, told in known) or "given"
+            raise InputError(f"{type(options).__name__}.{name} is {value!r}: must be {what}.")

@@ -7,6 +7,7 @@ is taken as a string, so no nested quotes are needed: `--gin.MODEL_DIR=/tmp/run`
 
 import argparse
 import ast
+import os
 import pathlib
 import re
 import sys
@@ -133,7 +134,7 @@ def _bind(name: str, value: str) -> None:
         raise InputError(_unknown(name, "no gin file given defines it"))
     before = gin.query_parameter(f"%{name}") if is_macro else None
     try:
-        gin.parse_config(f"{name} = {_literal(value)}")
+        gin.parse_config(f"{name} = {_literal(value, of_number=isinstance(before, (int, float)))}")
     except _GIN_ERRORS as error:
         hint = "" if name in names() else did_you_mean(name, names())
         raise InputError(f"--gin.{name}={value}: {_one_line(error)}{hint}") from error
@@ -156,10 +157,14 @@ def _unknown(name: str, why: str) -> str:
     )
 
 
-def _literal(value: str) -> str:
+def _literal(value: str, of_number: bool) -> str:
     text = value.strip()
     if text.startswith(("@", "%", "{", "[", "(")):
         return text
+    if text.startswith("~"):  # a shell leaves it alone behind `--gin.NAME=`
+        return repr(os.path.expanduser(text))
+    if "_" in text and not of_number:  # to Python the folder 2026_11_22 is the number 20261122
+        return repr(value)
     try:
         ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -19,7 +19,7 @@ from recalign_jax.decoding import trie_file
 from recalign_jax.decoding.retrieve import Generate, make_generate, padded, retrieve
 from recalign_jax.decoding.scoring import SCORES
 from recalign_jax.decoding.trie import EOS_ID, PAD_ID, Trie, build_trie
-from recalign_jax.errors import check_choice
+from recalign_jax.errors import InputError, check_choice, check_kinds
 from seqio_tasks import samples, writing
 from seqio_tasks.examples import (
     Predicted,
@@ -41,7 +41,7 @@ class DecodingOptions:
 
     Attributes:
       num_beams: K; wider finds better items and takes longer.
-      top_k: items returned.
+      top_k: items returned; at most num_beams.
       batch_size: users at a time, over all devices.
       length_penalty: see `beam_search`; of candidates, too.
       scores: see `make_generate`; of candidates, too.
@@ -56,7 +56,18 @@ class DecodingOptions:
     max_input_tokens: int = 512
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         check_choice("SCORES", self.scores, SCORES)
+        for name in ("num_beams", "top_k", "batch_size", "max_input_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"DecodingOptions.{name} is {getattr(self, name)}: must be at least 1.")
+        if self.length_penalty < 0:
+            raise InputError(f"LENGTH_PENALTY is {self.length_penalty}: must be at least 0.")
+        if self.top_k > self.num_beams:
+            raise InputError(
+                f"TOP_K is {self.top_k}, and {self.num_beams} beams may not find so many: --gin.NUM_BEAMS={self.top_k} "
+                "or more."
+            )
 
 
 @functools.lru_cache(maxsize=4)

@@ -19,6 +19,7 @@ from seqio_tasks.specs import TaskSpec
 from seqio_tasks.writing import Limits, Sample
 
 _FEATURES = ("inputs", "targets")
+_KEPT_ROWS = 65_536  # rows of finished epochs of a SeqIO task; two epochs stay in any case
 
 
 class Component(Protocol):
@@ -96,9 +97,12 @@ class SeqioTask:
         with self._lock:
             if (split, epoch, seed) not in self._epochs:
                 rows = self._run(split, zlib.crc32(f"{seed} {epoch}".encode()))
-                for old in [key for key in self._epochs if key[0] == split][:-1]:
-                    del self._epochs[old]  # a window lies in two epochs at most
                 self._epochs[split, epoch, seed] = rows
+                of_split = [key for key in self._epochs if key[0] == split]
+                # The threads of all shards are at windows of their own, and a window lies in two epochs or, of a small
+                # task, in many.
+                while len(of_split) > 2 and sum(len(self._epochs[key]) for key in of_split) > _KEPT_ROWS:
+                    del self._epochs[of_split.pop(0)]
             return self._epochs[split, epoch, seed]
 
     def _run(self, split: str, seed: int) -> list[Sample]:
@@ -150,4 +154,6 @@ def components(name: str, lengths: Mapping[str, int] | None = None) -> list[tupl
         terminal.say(f"Task {task.name} is read through tf.data: an epoch of it is kept in memory.")
         found.append(SeqioTask(task, lengths or {}))
     rates = [provider.get_rate(task) if isinstance(provider, seqio.Mixture) else 1.0 for task in tasks]
+    if not sum(rates) > 0:
+        raise InputError(f"{name} has no train examples: users may have too few interactions.")
     return [(component, float(rate) / sum(rates)) for component, rate in zip(found, rates, strict=True)]

@@ -10,7 +10,7 @@ import gin
 from recalign_jax.corpus.candidates import NEGATIVES, NUM_TEST_NEGATIVES
 from recalign_jax.corpus.catalog import FIELDS, Catalog, Pieces, build_catalog, item_pieces
 from recalign_jax.corpus.corpus import Corpus, load_corpus
-from recalign_jax.errors import InputError, did_you_mean
+from recalign_jax.errors import InputError, check_kinds, did_you_mean
 from seqio_tasks import prompts, vocabulary
 from seqio_tasks.task_names import MIXTURES, RATED_FAMILIES, TaskName, split_name, with_format
 from seqio_tasks.vocabulary import Vocabulary
@@ -68,6 +68,7 @@ class TaskOptions:
     mixture_temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         object.__setattr__(self, "item_fields", tuple(self.item_fields))  # gin gives lists, which can't be hashed
         object.__setattr__(self, "mlm_fields", tuple(self.mlm_fields))
         least = {
@@ -166,9 +167,14 @@ def make_spec(corpus: Corpus, family: str, item_format: str, words: Vocabulary, 
     return TaskSpec(family, corpus, catalog, displays, words, options)
 
 
+def can_be_rated(corpus: Corpus) -> bool:
+    """Whether a corpus has ratings, and so few different ones that a model can write each."""
+    return corpus.ratings is not None and corpus.num_rating_values <= MAX_RATING_VALUES
+
+
 def _check_ratings(corpus: Corpus) -> None:
-    different = corpus.num_rating_values
-    if different > MAX_RATING_VALUES:
+    if not can_be_rated(corpus):
+        different = corpus.num_rating_values
         raise InputError(
             f"Corpus {corpus.name} has {different} different ratings; written as text there can be at most "
             f"{MAX_RATING_VALUES}. Round them, as to half stars, and prepare it again."

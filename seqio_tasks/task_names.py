@@ -87,8 +87,9 @@ def split_name(name: str, data_dir: str | pathlib.Path | None) -> TaskName:
                 if last in (f"{corpus}_{base}_{item_format}", f"{corpus}_{with_format(base, item_format)}"):
                     return _checked(TaskName((*others, corpus), base, item_format))
         if last.startswith(f"{corpus}_rating") and not rated:
+            unrated = next(part for part in (*others, corpus) if not is_rated(root / part))
             raise InputError(
-                f"Corpus {corpus!r} has no ratings, so there is no {name!r}. Prepare it from interactions with a "
+                f"Corpus {unrated!r} has no ratings, so there is no {name!r}. Prepare it from interactions with a "
                 "rating column."
             )
         raise InputError(f"Unknown task {name!r} of corpus {corpus!r}.{did_you_mean(last, names_for(corpus, rated))}")

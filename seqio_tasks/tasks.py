@@ -133,10 +133,9 @@ def register(corpus_dir: str | None = None, vocabulary_path: str | None = None) 
 
 
 def _register(corpus: Corpus, words: vocabulary.Vocabulary, options: TaskOptions) -> list[str]:
-    rated = corpus.ratings is not None
-    if corpus.num_rating_values > specs.MAX_RATING_VALUES:
+    rated = specs.can_be_rated(corpus)
+    if corpus.ratings is not None and not rated:
         terminal.warn(f"{corpus.name} has {corpus.num_rating_values} different ratings: too many for rating tasks.")
-        rated = False
     names = []
     for item_format in ITEM_FORMATS:
         for family in task_names.families(rated):

@@ -11,15 +11,16 @@ from flax import nnx
 from pyarrow import parquet
 
 from recalign_jax import partitioning, recommender
+from recalign_jax.checkpoint.saved import read_best
 from recalign_jax.commands import baseline, common, eval, train
-from recalign_jax.errors import InputError
+from recalign_jax.errors import InputError, RunError
 from recalign_jax.evaluation import ranking, rating, report, results, retrieval
 from recalign_jax.evaluation.results import EvaluationOptions, Result
 from recalign_jax.evaluation.slices import PARTS, slices
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
 from recalign_jax.recommender import DecodingOptions
-from recalign_jax.training.steering import best_evaluation
+from recalign_jax.training.steering import best_evaluation, write_best
 from seqio_tasks import samples, specs, writing
 from seqio_tasks.specs import TaskOptions
 from seqio_tasks.writing import Limits
@@ -344,6 +345,25 @@ def test_training_logs_every_family_with_intervals(make_spec, shop_corpus):
 def test_errors_and_losses_go_down(metric, best):
     records = [{"step": step, metric: value} for step, value in ((1, 2.0), (2, 1.0), (3, 3.0))]
     assert best_evaluation(records, metric)[0]["value"] == best
+
+
+def test_the_best_checkpoint_is_one_that_is_there(tmp_path):
+    metric = "validation_recall@10"
+    records = [{"step": step, metric: value} for step, value in ((1, 5.0), (2, 4.0), (3, 1.0), (4, 2.0))]
+    for step in (2, 3):  # that of step 1 is gone, and that of step 4 is being written
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+    write_best(records, metric, str(tmp_path))
+    assert read_best(str(tmp_path))["step"] == 2
+    write_best(records[2:], metric, str(tmp_path))
+    assert read_best(str(tmp_path))["step"] == 4
+    with pytest.raises(RunError, match="Did you mean 'validation_recall@10'"):
+        write_best(records, "validation_recal@10", str(tmp_path))
+
+
+@pytest.mark.parametrize("users", [0, -1, 1000.0, True])
+def test_numbers_of_users_that_are_none(users):
+    with pytest.raises(InputError, match=r"number of users|EvaluationOptions\.max_users"):
+        EvaluationOptions(max_users=users)
 
 
 # Devices.

@@ -176,6 +176,15 @@ def test_a_snapshot_does_not_break_long_values(file):
     assert gin_config.snapshot()["DIR"] == repr("word " * 500)
 
 
+def test_folders_stay_what_they_are(file, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    for given, expected in (("~/runs", "/home/ada/runs"), ("2026_11_22", "2026_11_22"), ("runs/~", "runs/~")):
+        gin_config.parse([file], [("DIR", given)])
+        assert ast.literal_eval(gin_config.snapshot()["DIR"]) == expected
+    gin_config.parse([file], [("STEPS", "10_000")])
+    assert gin_config.snapshot()["STEPS"] == "10000"
+
+
 # Errors.
 
 

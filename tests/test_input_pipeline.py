@@ -234,6 +234,22 @@ def test_shards_by_default():
     assert [InputOptions(batch_size=size).num_shards() for size in (1, 6, 8, 32, 100)] == [1, 2, 8, 8, 4]
 
 
+def test_another_number_of_shards_repeats_no_sample(stream):
+    """RESUME_CHANGED with another BATCH_SIZE: what is read after it wasn't read before."""
+    done = take(stream, 5)
+    before = done[-1][1]
+    assert input_pipeline.resumed_positions(stream.options, before).tolist() == before.tolist()
+    for shards in (1, 2, 3, 8):
+        options = dataclasses.replace(stream.options, data_shards=shards)
+        positions = input_pipeline.resumed_positions(options, before)
+        windows = positions[:, 0]
+        assert positions.shape == (shards, 2)
+        assert not positions[:, 1].any()
+        # Each shard has its windows, and none that was begun; the first ones after these.
+        assert (windows % shards).tolist() == list(range(shards))
+        assert sorted(windows) == list(range(before[:, 0].max() + 1, before[:, 0].max() + 1 + shards))
+
+
 # Bad input.
 
 
@@ -245,7 +261,13 @@ def test_shards_by_default():
         ({"data_shards": 0}, "data shards"),
         ({"data_shards": -1}, "data shards"),
         ({"window": 0}, "window of 0"),
-        ({"loss_normalization": "sample"}, "LOSS_NORMALIZATION 'sample'"),
+        ({"loss_normalization": "sample"}, "LOSS_NORMALIZATION is 'sample'"),
+        ({"window": 1}, r"--gin\.InputOptions\.window=2, or more"),
+        ({"batch_size": 8.0}, r"InputOptions\.batch_size is 8\.0: must be a whole number\."),
+        ({"workers": True}, r"InputOptions\.workers is True: must be a whole number\."),
+        ({"data_shards": "4"}, r"InputOptions\.data_shards is '4': must be a whole number or None\."),
+        ({"task_feature_lengths": None}, r"task_feature_lengths is None: must be a mapping\."),
+        ({"task_feature_lengths": {"inputs": 256, "targets": "64"}}, "TASK_FEATURE_LENGTHS targets is '64'"),
         ({"task_feature_lengths": {"inputs": 256}}, "must name inputs and targets"),
         ({"task_feature_lengths": {"inputs": 256, "targets": 64, "x": 1}}, "must name inputs and targets"),
         ({"task_feature_lengths": {"inputs": 20, "targets": 64}}, "inputs=20 is too short for shop_retrieval"),

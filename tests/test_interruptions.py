@@ -64,7 +64,7 @@ def test_killed_inference_leaves_what_uninterrupted_inference_does(folder, times
 @pytest.mark.usefixtures("fast_compilation")
 def test_two_processes_leave_together_and_train_as_one(folder):
     """Each of four devices, all axes of the mesh larger than one; with evaluation."""
-    more = ("--gin.DROPOUT_RATE=0.0", "--gin.NUM_BEAMS=5", "--gin.CHECKPOINT_PERIOD=1000000")
+    more = ("--gin.DROPOUT_RATE=0.0", "--gin.NUM_BEAMS=10", "--gin.CHECKPOINT_PERIOD=1000000")
     mesh = "--gin.MESH={'data': 2, 'fsdp': 2, 'model': 2}"
     environment = kill_and_resume.environment(folder) | {"LOG_DIR": str(folder / "logs")}
 

@@ -22,7 +22,7 @@ from recalign_jax.training.step import StepOptions, loss_sums
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'recalign_jax[plan]'"
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[plan]'"
 )
 # One layer each: XLA counts the body of a scan once.
 WIDE = T5Config(
@@ -221,5 +221,5 @@ def test_libtpu_missing_is_an_error(monkeypatch):
         raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
 
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", missing)
-    with pytest.raises(InputError, match=r"pip install 'recalign_jax\[plan\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[plan\]'"):
         plan.topology_devices("v5e:2x2")

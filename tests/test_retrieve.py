@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from recalign_jax import partitioning, recommender
+from recalign_jax.errors import InputError
 from recalign_jax.evaluation import retrieval
 from recalign_jax.evaluation.results import EvaluationOptions
 from recalign_jax.model import t5
@@ -93,3 +94,18 @@ def test_a_saved_catalogue_is_used_if_it_is_that_of_the_task(spec, tmp_path, mon
     assert len(calls) == 1
     recommender.item_trie(dataclasses.replace(spec, family="ranking"), str(tmp_path))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_beams": 5}, r"TOP_K is 10, and 5 beams may not find so many: --gin\.NUM_BEAMS=10 or more\."),
+        ({"length_penalty": -1}, "LENGTH_PENALTY is -1"),
+        ({"top_k": 0}, r"DecodingOptions\.top_k is 0"),
+        ({"num_beams": None}, r"DecodingOptions\.num_beams is None: must be a whole number\."),
+        ({"scores": "tri"}, "Did you mean 'trie'"),
+    ],
+)
+def test_options_that_cannot_be(changed, message):
+    with pytest.raises(InputError, match=message):
+        DecodingOptions(**changed)

@@ -14,7 +14,7 @@ import numpy as np
 
 from recalign_jax import metrics, terminal
 from recalign_jax.corpus.corpus import Corpus
-from recalign_jax.errors import InputError
+from recalign_jax.errors import InputError, check_kinds
 from recalign_jax.metrics import Estimate
 from seqio_tasks.examples import Query, RatedQuery
 
@@ -29,12 +29,17 @@ class EvaluationOptions:
     Attributes:
       filter_history: in retrieval, drop the items of the user's whole history from the ranked list for the figures
         without suffix. Figures without the filter are always there too, as `recall@10_unfiltered`.
-      max_users: evaluate only so many users (users are numbered at random, so the first ones are a random sample);
-        None for all.
+      max_users: evaluate only so many users: the first ones, which are a random sample, as users are numbered at random
+        (those that `--extend` brought come last); None for all.
     """
 
     filter_history: bool = True
     max_users: int | None = None
+
+    def __post_init__(self) -> None:
+        check_kinds(self)
+        if self.max_users is not None and self.max_users < 1:
+            raise InputError(f"The number of users to evaluate is {self.max_users}; give at least 1, or None for all.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -45,11 +45,24 @@ def not_finite(step: int, sums: dict[str, Any], stream: Stream, positions: np.nd
 
 @contextlib.contextmanager
 def out_of_memory_explained(*setup: Any) -> Iterator[None]:
-    """Turns a device's lack of memory into advice; takes what `memory.advice` takes."""
+    """Turns a device's lack of memory in training into advice; takes what `memory.advice` takes."""
+    with _out_of_memory("Out of memory", lambda: memory.advice(*setup)):
+        yield
+
+
+@contextlib.contextmanager
+def out_of_memory_in_evaluation() -> Iterator[None]:
+    """The same of an evaluation: nothing about the train step would help it."""
+    advice = "Lower EVAL_BATCH_SIZE, NUM_BEAMS or MAX_INPUT_TOKENS; the same command goes on."
+    with _out_of_memory("Out of memory in an evaluation", lambda: advice):
+        yield
+
+
+@contextlib.contextmanager
+def _out_of_memory(what: str, advice: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        message = str(error).splitlines()[0]
-        raise RunError(f"Out of memory: {message}\n{memory.advice(*setup)}") from error
+        raise RunError(f"{what}: {str(error).splitlines()[0]}\n{advice()}") from error

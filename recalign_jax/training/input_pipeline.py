@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from recalign_jax.errors import InputError
+from recalign_jax.errors import InputError, check_kinds
 from recalign_jax.training import packing
 from seqio_tasks.components import Component
 from seqio_tasks.writing import Limits
@@ -51,6 +51,18 @@ class InputOptions:
     data_shards: int | None = None
     workers: int = 0
 
+    def __post_init__(self) -> None:
+        check_kinds(self)
+        lengths = self.task_feature_lengths
+        if set(lengths) != {"inputs", "targets"}:
+            raise InputError(f"TASK_FEATURE_LENGTHS must name inputs and targets, not {sorted(map(str, lengths))}.")
+        for name, length in lengths.items():
+            if not isinstance(length, int) or length < 1:
+                raise InputError(f"TASK_FEATURE_LENGTHS {name} is {length!r}: must be a whole number, at least 1.")
+        if self.loss_normalization not in packing.LOSS_NORMALIZATIONS:
+            known = ", ".join(packing.LOSS_NORMALIZATIONS)
+            raise InputError(f"LOSS_NORMALIZATION is {self.loss_normalization!r}, none of {known}.")
+
     def num_shards(self) -> int:
         return int(np.gcd(self.batch_size, 8)) if self.data_shards is None else self.data_shards
 
@@ -73,16 +85,14 @@ def make_stream(components: Sequence[tuple[Component, float]], split: str, seed:
       InputError: when options contradict one another, a row is too short for a sample, or a task has no examples.
     """
     lengths = options.task_feature_lengths
-    if set(lengths) != {"inputs", "targets"}:
-        raise InputError(f"TASK_FEATURE_LENGTHS must name inputs and targets, not {sorted(lengths)}.")
-    if options.loss_normalization not in packing.LOSS_NORMALIZATIONS:
-        raise InputError(f"LOSS_NORMALIZATION {options.loss_normalization!r} is none of {packing.LOSS_NORMALIZATIONS}.")
     if options.batch_size < 1 or options.num_shards() < 1 or options.batch_size % options.num_shards():
         raise InputError(f"BATCH_SIZE {options.batch_size} is no multiple of the {options.num_shards()} data shards.")
-    # Below this a task's count could fall from one window to the next (see `counts_before`).
-    smallest = max(1, len(components) * (len(components) - 1))
+    smallest = smallest_window(len(components))
     if options.window < smallest:
-        raise InputError(f"A window of {options.window} samples is too small for {len(components)} tasks.")
+        raise InputError(
+            f"A window of {options.window} samples is too small for {len(components)} tasks: "
+            f"--gin.InputOptions.window={smallest}, or more."
+        )
     ordered = sorted(components, key=lambda component: -component[1])
     for task, _ in ordered:
         if task.num_examples(split) == 0:
@@ -94,6 +104,11 @@ def make_stream(components: Sequence[tuple[Component, float]], split: str, seed:
                     f"one item and the question may need {needed}."
                 )
     return Stream(tuple(t for t, _ in ordered), tuple(r for _, r in ordered), split, seed, options)
+
+
+def smallest_window(num_tasks: int) -> int:
+    """Below this a task's count could fall from one window to the next, see `counts_before`."""
+    return max(1, num_tasks * (num_tasks - 1))
 
 
 def counts_before(rates: Sequence[float], n: int) -> np.ndarray:
@@ -184,6 +199,20 @@ def start_positions(options: InputOptions) -> np.ndarray:
     """Where a new run begins, int64 [S, 2]: shard s at row 0 of window s."""
     shards = options.num_shards()
     return np.stack([np.arange(shards), np.zeros(shards, np.int64)], axis=1)
+
+
+def resumed_positions(options: InputOptions, positions: np.ndarray) -> np.ndarray:
+    """Where a run goes on with `positions` [S, 2] of another start, int64 [S', 2].
+
+    Another number of shards goes on behind all windows that were begun: no sample is seen twice, and those left in
+    these windows are passed over.
+    """
+    shards = options.num_shards()
+    if len(positions) == shards:
+        return positions
+    first = positions[:, 0].max() + 1
+    windows = first + (np.arange(shards) - first) % shards
+    return np.stack([windows, np.zeros(shards, np.int64)], axis=1)
 
 
 def local_batches(stream: Stream, positions: np.ndarray) -> PackedBatches:

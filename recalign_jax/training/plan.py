@@ -35,7 +35,8 @@ def topology_devices(name: str) -> list[Any]:
         message = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
         if "INVALID_ARGUMENT" not in str(error):
             raise InputError(
-                f"recalign plan needs libtpu, the TPU compiler: pip install 'recalign_jax[plan]' ({message})."
+                f"recalign plan needs libtpu, the TPU compiler: pip install -e '.[plan]' in the project's folder "
+                f"({message})."
             ) from None
         raise InputError(f"--topology {name}: {message}. Give a topology such as {EXAMPLES}.") from None
     if hardware.chip(devices[0].device_kind) is None:

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from recalign_jax import partitioning
-from recalign_jax.errors import InputError
+from recalign_jax.errors import InputError, check_kinds
 from recalign_jax.model import lora, t5
 from recalign_jax.model.config import T5Config
 from recalign_jax.model.lora import LoraOptions
@@ -34,7 +34,7 @@ class StepOptions:
       logits_chunks: parts of the target positions, of which one part's logits exist at a time.
 
     Raises:
-      InputError: for numbers below 1.
+      InputError: for values of another kind, and numbers below 1.
     """
 
     z_loss: float = 1e-4
@@ -42,10 +42,10 @@ class StepOptions:
     logits_chunks: int = 1
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         for name in ("gradient_accumulation", "logits_chunks"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name.upper()} is {value!r}: must be a whole number, at least 1.")
+            if getattr(self, name) < 1:
+                raise InputError(f"{name.upper()} is {getattr(self, name)}: must be at least 1.")
 
 
 def check_divides(options: StepOptions, batch_size: int, target_length: int, mesh: Mesh) -> None:
@@ -173,7 +173,7 @@ def make_train_step(
     """Returns the step `(state, batch, base=None) -> (state, sums)`.
 
     With a base, the state's parameters are adapters of it (see `lora.merge`), and the base stays as it is. Dropout
-    depends on the seed and the step's number alone.
+    depends on the seed, the step's number and the microbatches alone.
     """
 
     def train_step(state: TrainState, batch: Batch, base: Any = None) -> tuple[TrainState, Sums]:

@@ -19,7 +19,7 @@ from recalign_jax import partitioning, terminal
 from recalign_jax.checkpoint import saved
 from recalign_jax.checkpoint import training as checkpointing
 from recalign_jax.checkpoint.saved import DamagedCheckpoint
-from recalign_jax.errors import InputError, Preempted
+from recalign_jax.errors import InputError, Preempted, check_kinds
 from recalign_jax.files import atomic_file
 from recalign_jax.model import flops, lora, t5
 from recalign_jax.model.config import T5Config
@@ -79,6 +79,7 @@ class TrainOptions:
     mesh: dict[str, int] = dataclasses.field(default_factory=lambda: {"data": -1, "fsdp": 1, "model": 1})
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         for name in ("train_steps", "log_period", "checkpoint_period", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name.upper()} is {getattr(self, name)}: must be at least 1.")
@@ -145,7 +146,8 @@ def train(
     names = [task.name for task in stream.tasks]
     held_out = []
     if options.eval_period:
-        few = dataclasses.replace(input_options, window=VALIDATION_WINDOW)
+        window = max(VALIDATION_WINDOW, input_pipeline.smallest_window(len(components)))
+        few = dataclasses.replace(input_options, window=window)
         validation = input_pipeline.make_stream(components, "validation", options.seed, few)
         first_batches = input_pipeline.local_batches(validation, input_pipeline.start_positions(few))
         held_out = [batch for batch, _ in itertools.islice(first_batches, VALIDATION_BATCHES)]
@@ -166,7 +168,8 @@ def train(
     checkpoints = checkpointing.open_checkpoints(options.model_dir, options.keep_checkpoints)
     found = checkpointing.restore_newest(checkpoints, shapes.params, (shapes.opt_state, shapes.step), check)
     if found:
-        first_step, positions = found.step, np.asarray(found.metadata["positions"], np.int64)
+        before = np.asarray(found.metadata["positions"], np.int64)
+        first_step, positions = found.step, input_pipeline.resumed_positions(input_options, before)
         state = TrainState(found.optimizer[1], found.params, found.optimizer[0])
         terminal.say(f"Resuming {options.model_dir} at step {first_step}.")
     else:
@@ -195,10 +198,11 @@ def train(
         """Evaluates if it is time to, and logs."""
         if _is_due(step, options.eval_period, options):
             whole = params if base is None else merge(base, params)
-            with preemption.postponed(False):  # what is evaluated is saved
+            with preemption.postponed(False), failures.out_of_memory_in_evaluation():  # what is evaluated is saved
                 record = record | _evaluate(eval_step, evaluators, whole, held_out, batch_sharding, names)
+        # First, so that whatever comes between the two, the evaluation is done again.
+        steering.write_best([*run_log.records, {"step": step, **record}], options.best_metric, options.model_dir)
         run_log.write(step, record)
-        steering.write_best(run_log.records, options.best_metric, options.model_dir)
 
     # ---------------------------------------------------------------- the loop
     if jax.process_index() == 0:
@@ -307,7 +311,8 @@ def _evaluate(
     """Validation loss over a few batches of held-out samples, then what the evaluators yield."""
     sums = [jax.device_get(eval_step(params, input_pipeline.put(batch, sharding))) for batch in held_out]
     total = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *sums)
-    values = {f"validation_{name}": value for name, value in measures.means(total, names).items() if "loss" in name}
+    means = measures.means(total, names)
+    values = {f"validation_{name}": means[name] for name in means if name == "loss" or name.startswith("loss/")}
     for evaluator in evaluators:
         values.update(evaluator(params))
     return values
