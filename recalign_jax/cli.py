@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from recalign_jax import __version__
-from recalign_jax.errors import Preempted, RecalignError, did_you_mean
+from recalign_jax.errors import InputError, Preempted, RecalignError, did_you_mean
 
 # command -> help. Its module in `commands` has add_arguments(parser) and run(args) -> dict; if its USES_GIN is
 # true, gin is parsed before it runs.
@@ -70,6 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RecalignError as error:
         print(f"recalign {name}: {terminal.prefix()}{error.message}", file=sys.stderr)
         return distributed.end(error.exit_status, error.message, together=isinstance(error, Preempted))
+    except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:  # a path that was given
+        message = f"{error.strerror}: {error.filename}"
+        print(f"recalign {name}: {terminal.prefix()}{message}", file=sys.stderr)
+        return distributed.end(InputError.exit_status, message)
     except KeyboardInterrupt:
         print(f"recalign {name}: {terminal.prefix()}interrupted", file=sys.stderr)
         return distributed.end(130, "interrupted")

@@ -1,6 +1,7 @@
 """Writing that leaves nothing half-written: write aside, then rename."""
 
 import contextlib
+import ctypes
 import os
 import pathlib
 import shutil
@@ -47,8 +48,9 @@ def atomic_file(path: str | os.PathLike[str], aside_in: str | os.PathLike[str] |
 def atomic_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """Yields an empty directory beside `path`; it replaces `path` when the block ends well.
 
-    A directory that already stands at `path` is moved aside, replaced, and then deleted, so that there is
-    no moment at which a reader finds half of either.
+    A directory that already stands at `path` is exchanged for the new one and then deleted, so that there is no moment
+    at which a reader finds half of either. Where the system can't exchange two names at once (Linux can), there is one
+    between two renames at which it lies in `.NAME.old.*` beside `path`.
     """
     target = pathlib.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +58,10 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     try:
         aside.chmod(0o755)
         yield aside
+        if target.is_dir() and _exchanged(aside, target):
+            _sync(target.parent)
+            shutil.rmtree(aside)
+            return
         old = None
         if target.exists():
             old = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
@@ -72,3 +78,10 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def _exchanged(first: pathlib.Path, second: pathlib.Path) -> bool:
+    """Exchanges two names at once; False where the system or the file system can't (renameat2 of Linux)."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return renameat2 is not None and not renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange)

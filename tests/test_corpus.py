@@ -7,6 +7,7 @@ import pathlib
 import pickle
 import subprocess
 import sys
+import threading
 from collections import Counter
 
 import numpy as np
@@ -18,6 +19,7 @@ from recalign_jax.commands import inspect, prepare
 from recalign_jax.corpus import build, corpus, holdout
 from recalign_jax.corpus.records import Interaction, ItemText
 from recalign_jax.errors import InputError
+from recalign_jax.files import atomic_directory
 from tests.corpora import call, prepared, shared_corpus, write_tables
 
 ROWS = [
@@ -439,6 +441,33 @@ def test_an_interrupted_prepare_leaves_the_old_corpus(small, monkeypatch):
     assert sorted(path.name for path in data_dir.iterdir()) == ["raw", "small"]
 
 
+def test_there_is_a_whole_corpus_at_every_moment(tmp_path):
+    """A reader looks without a break while the folder is replaced 200 times."""
+    target, ended, lacking = tmp_path / "corpus", threading.Event(), []
+
+    def write(text: str) -> None:
+        with atomic_directory(target) as aside:
+            (aside / "first").write_text(text)
+            (aside / "second").write_text(text)
+
+    def read() -> None:
+        while not ended.is_set():
+            if not (target / "first").exists():
+                lacking.append(sorted(path.name for path in tmp_path.iterdir()))
+
+    write("0")
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(200):
+        write(str(number))
+    ended.set()
+    reader.join()
+    assert (target / "second").read_text() == "199"
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+    if sys.platform == "linux":
+        assert not lacking
+
+
 # The commands.
 
 
@@ -462,6 +491,15 @@ def test_what_the_commands_return(small, capsys):
     assert shown["statistics"]["shared_titles"] == 2
     assert shown["statistics"]["tied_test_items"] == 0.5
     assert shown["statistics"]["tied_pairs"] == 2 / 6
+
+
+def test_ids_that_do_not_meet_are_told_of(tmp_path, capsys):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "interactions.csv").write_text("user_id,item_id,timestamp\n1,1.0,1\n1,2.0,2\n2,1.0,3\n")
+    (raw / "items.csv").write_text("item_id,title\n1,One\n2,Two\n")
+    call(prepare, tmp_path, "--source", "tables", "--input", str(raw), "--corpus", "gaps")
+    assert "2 of 4 items have no text. If they should, see that ids" in capsys.readouterr().err
 
 
 def test_columns_and_ratings_are_named_by_flags(tmp_path):

@@ -145,8 +145,9 @@ def test_cells_as_programs_write_them(shop_corpus):
     corpus = with_items(shop_corpus, [Item("7", ItemText(title="Seven")), Item("8", ItemText(title="[Eight|8]"))])
     for items in (" 7 | 8", [7.0, 8], "[7, 8]", '["7", "8"]'):
         assert request_of(corpus, NEEDS, {"user": 1, "items": items}).query.history.tolist() == [60, 61]
-    row = {"user": 1, "items": None, "titles": ["seven"]}
-    assert request_of(corpus, NEEDS, row).query.history.tolist() == [60]
+    for empty in (None, ""):
+        row = {"user": 1, "items": empty, "titles": ["seven"]}
+        assert request_of(corpus, NEEDS, row).query.history.tolist() == [60]
     assert request_of(corpus, NEEDS, {"user": 1, "titles": '["[eight|8]"]'}).query.history.tolist() == [61]
     assert request_of(corpus, NEEDS, {"user": 1, "titles": "[eight]"}).unknown == ("[eight]",)
 
@@ -527,6 +528,24 @@ def test_another_job_is_not_mixed_in(shop_corpus, table, tmp_path):
     assert first.items() <= contents(folder).items()
     run_job(shop_corpus, table, folder, "parquet")
     assert set(contents(folder)) == {"recommendations.parquet", "rejected.jsonl", "job.json"}
+
+
+def test_a_finished_job_leaves_another_one_alone_that_is_not(shop_corpus, table, tmp_path):
+    folder = tmp_path / "out"
+    run_job(shop_corpus, table, folder)
+    last_night, text = contents(folder), table.read_text()
+
+    def dies(found, advance):
+        raise Killed
+
+    table.write_text(text.replace("u1", "v1"))
+    with pytest.raises(Killed):
+        run_job(shop_corpus, table, folder, answer=dies)
+    chunks_of_tonight = contents(folder / "unfinished")
+    table.write_text(text)
+    run_job(shop_corpus, table, folder)  # is done, and does nothing
+    assert contents(folder / "unfinished") == chunks_of_tonight
+    assert last_night.items() <= contents(folder).items()
 
 
 def test_a_finished_job_that_was_killed_while_sweeping_up_is_not_in_the_way(shop_corpus, table, tmp_path):

@@ -1,5 +1,7 @@
 """The sources: each kind of table, and every kind of bad input, by example and by hypothesis."""
 
+import datetime
+import decimal
 import gzip
 import json
 import pathlib
@@ -51,6 +53,25 @@ def test_all_formats_give_the_same_records(tmp_path, interactions, items):
     assert read(tmp_path) == (EXPECTED, EXPECTED_ITEMS, [])
 
 
+def test_parquet_as_databases_and_columns_with_gaps_have_it(tmp_path):
+    """Whole numbers as decimals and floats: the ids of both tables are the same ones."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    ids = [decimal.Decimal("7.00"), decimal.Decimal("8.00")]
+    columns = {"user_id": [1.0, 2.0], "item_id": ids, "timestamp": [decimal.Decimal(3), decimal.Decimal(-1)]}
+    columns["rating"] = [decimal.Decimal("4.5"), decimal.Decimal("1.0")]
+    parquet.write_table(pyarrow.table(columns), tmp_path / "interactions.parquet")
+    parquet.write_table(pyarrow.table({"item_id": [7, 8], "title": ["Seven", "Eight"]}), tmp_path / "items.parquet")
+    interactions, items, _ = read(tmp_path)
+    assert interactions == [("1", "7", 3, 4.5), ("2", "8", -1, 1.0)]
+    assert [item.item_id for item in items] == ["7", "8"]
+    for wrong in (1.5, float("nan"), 2.0**60, decimal.Decimal("1.5")):
+        parquet.write_table(pyarrow.table({**columns, "user_id": [wrong, wrong]}), tmp_path / "interactions.parquet")
+        with pytest.raises(InputError, match="row 1: user_id must be text or a whole number"):
+            read(tmp_path)
+
+
 def test_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -65,6 +86,10 @@ def test_parquet(tmp_path):
         read(tmp_path, columns=tables.Columns(item="sku"))
     parquet.write_table(pyarrow.table({**columns, "timestamp": [3, None]}), tmp_path / "interactions.parquet")
     with pytest.raises(InputError, match=r"interactions\.parquet, row 2: timestamp is not a number: None"):
+        read(tmp_path)
+    when = [datetime.datetime(2014, 1, 2), None]
+    parquet.write_table(pyarrow.table({**columns, "timestamp": when}), tmp_path / "interactions.parquet")
+    with pytest.raises(InputError, match="row 1: timestamp is a date, not a Unix time: write it as seconds since 1970"):
         read(tmp_path)
     (tmp_path / "interactions.parquet").write_bytes(b"PAR1 no PAR1")
     with pytest.raises(InputError, match="cannot be read as Parquet"):

@@ -17,7 +17,7 @@ from recalign_jax.checkpoint.fingerprints import fingerprints
 from recalign_jax.commands.common import load_model
 from recalign_jax.corpus import more_items
 from recalign_jax.corpus.corpus import Corpus
-from recalign_jax.errors import InputError, check_choice
+from recalign_jax.errors import InputError, check_choice, check_kinds
 from recalign_jax.inference import answers, chunks, filters, output, requests
 from recalign_jax.inference import job as inference_job
 from recalign_jax.inference.answers import Models, Row
@@ -81,10 +81,13 @@ class InferOptions:
     mesh: dict[str, int] | None = None
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         check_choice("OUTPUT_FORMAT", self.output_format, output.FILES)
         check_choice("ON_UNKNOWN_ITEM", self.on_unknown_item, requests.ON_UNKNOWN_ITEM)
-        if self.chunk_rows < 1:
-            raise InputError(f"CHUNK_ROWS is {self.chunk_rows}; give at least 1.")
+        for name in ("chunk_rows", "max_users"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name.upper()} is {value}; give at least 1.")
         if not 0 <= self.shard < self.num_shards:
             raise InputError(f"SHARD {self.shard} of NUM_SHARDS {self.num_shards}: shards count from 0.")
 
@@ -158,7 +161,8 @@ def load(data_dir: str | None, options: InferOptions) -> Answering:
                              f"a model that was trained with items as title.")  # fmt: skip
         corpus = more_items.with_table(corpus, pathlib.Path(options.items))
         spec = specs.make_spec(corpus, spec.family, "title", spec.vocabulary, spec.options)
-    categories = [options.category] if isinstance(options.category, str) else options.category or ()
+    several = options.category if isinstance(options.category, (list, tuple)) else [options.category]
+    categories = [str(category) for category in several if category is not None]  # one may be called 2000
     permitted = filters.permitted_items(corpus, options.allow, options.deny, categories)
     decoding = DecodingOptions()
     place = (model.graphdef, decoding, partitioning.batch_sharding(model.mesh))

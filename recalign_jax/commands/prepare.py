@@ -91,6 +91,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     counts = (extend if args.extend else prepare.prepare)(folder, directory, options, args.beam_options)
     title = f"Added to corpus {name}" if args.extend else f"Corpus {name}"
     terminal.table(title, ["", "count"], [(key.replace("_", " "), f"{n:,}") for key, n in counts.items()])
+    if not args.extend and 2 * counts["items_without_text"] >= counts["items"] - counts["items_never_met"] > 0:
+        terminal.warn(
+            f"{counts['items_without_text']:,} of {counts['items']:,} items have no text. If they should, see that ids "
+            "are written in the same way in both tables (not 1.0 and 1)."
+        )
     result = {
         **{size: counts[size] for size in SIZES},
         "rejected_rows": counts["interactions_rejected"] + counts["items_rejected"],

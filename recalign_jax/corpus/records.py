@@ -6,8 +6,11 @@ is wrong with it, so that rows can be parsed anywhere, in any order. `sources.re
 Text is cleaned here, once, so that every reader of a corpus (prompts, targets, vocabulary) sees the same text.
 """
 
+import datetime
+import decimal
 import functools
 import html
+import math
 import pathlib
 import re
 import unicodedata
@@ -23,6 +26,7 @@ _INTEGER = re.compile(r"[+-]?\d{1,19}", re.ASCII)
 _ENTITY = re.compile(r"&(#\d{1,9}|#[xX][0-9a-fA-F]{1,9}|[a-zA-Z][a-zA-Z0-9]{0,50});")
 _EARLIEST, _LATEST = 631_152_000, 4_133_980_799  # 1990-01-01 and the last second of 2100
 _MAX_DIGITS = 100
+_FLOAT_WHOLE = 2**53  # beyond it not every whole number is a float
 _INT64 = np.iinfo(np.int64)
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -119,6 +123,9 @@ def get(row: Mapping[str, Any], column: str) -> Any:
 def identifier(value: object, column: str) -> str:
     """Returns a user or item id as text (whole numbers are allowed); RowError if empty or of another type."""
     if not isinstance(value, str):
+        # A column with gaps has 7.0 for 7, and databases write whole numbers as decimals.
+        if isinstance(value, (float, decimal.Decimal)) and _is_whole(value):
+            value = int(value)
         if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() <= 64:
             return str(value)
         raise RowError(f"{column} must be text or a whole number of 64 bits, not {shown(value)}")
@@ -129,10 +136,15 @@ def identifier(value: object, column: str) -> str:
     return value
 
 
+def _is_whole(value: float | decimal.Decimal) -> bool:
+    return math.isfinite(value) and -_FLOAT_WHOLE < value < _FLOAT_WHOLE and value == int(value)
+
+
 def number(value: object, column: str) -> float:
     """Returns a finite number that fits float32; RowError otherwise (NaN and infinity included)."""
     if isinstance(value, str) and len(value) <= _MAX_DIGITS:
         value = _number_of(value)
+    value = float(value) if isinstance(value, decimal.Decimal) else value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise RowError(f"{column} is not a number: {shown(value)}")
     if not -_FLOAT32_MAX <= value <= _FLOAT32_MAX:
@@ -157,6 +169,10 @@ def whole_number(value: object, column: str) -> int:
             value = int(stripped)
         elif len(value) <= _MAX_DIGITS and _NUMBER.fullmatch(stripped):
             value = float(stripped)
+    if isinstance(value, datetime.date):
+        raise RowError(f"{column} is a date, not a Unix time: write it as seconds since 1970, not {shown(value)}")
+    if isinstance(value, decimal.Decimal):
+        value = int(value) if _is_whole(value) else float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise RowError(f"{column} is not a number: {shown(value)}")
     if not _INT64.min <= value <= _INT64.max:

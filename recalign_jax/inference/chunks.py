@@ -41,7 +41,9 @@ def finished(output_dir: pathlib.Path, job: dict[str, Any]) -> Counts | None:
         return None
     if told["results"] != _described(output.path_of(output_dir, job["output_format"])):
         return None  # killed while other results took their place
-    _remove(output_dir)
+    if _read(output_dir / _UNFINISHED / JOB_FILE) == job:  # not another one's, which may still be at work
+        _remove(output_dir)
+    _sweep(output_dir)
     return told["counts"]
 
 
@@ -138,6 +140,10 @@ def _remove(output_dir: pathlib.Path) -> None:
     if (output_dir / _UNFINISHED).exists():
         with contextlib.suppress(FileNotFoundError):  # another one was faster
             os.rename(output_dir / _UNFINISHED, tempfile.mkdtemp(prefix=_SWEPT, dir=output_dir))
+    _sweep(output_dir)
+
+
+def _sweep(output_dir: pathlib.Path) -> None:
     for aside in output_dir.glob(f"{_SWEPT}*"):
         shutil.rmtree(aside, ignore_errors=True)
 

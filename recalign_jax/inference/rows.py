@@ -56,7 +56,8 @@ class Needs(NamedTuple):
 def request_of(corpus: Corpus, needs: Needs, row: reading.Row) -> Request:
     """The request of a row, by column names. Raises RowError where it can't be used."""
     user = records.identifier(_cell(row, "user"), "user")
-    by_title = all(row.get(name) is None for name in _NAMES["items"]) and row.get("titles") is not None
+    # An empty cell of CSV is empty text, not None.
+    by_title = all(row.get(name) in (None, "") for name in _NAMES["items"]) and row.get("titles") not in (None, "")
     numbers, name_of = (_by_title(corpus), _title) if by_title else (corpus.item_numbers, _id)
     unknown: list[str] = []
 
