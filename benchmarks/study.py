@@ -32,10 +32,10 @@ from typing import IO, Any, NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import recalign_jax.commands.eval
-import recalign_jax.commands.train  # noqa: F401 (both: what the gin files configure)
+import recalign_jax.commands.train  # noqa: F401 (what its gin files configure)
 from recalign_jax import gin_config
 from recalign_jax.checkpoint.saved import BEST
+from recalign_jax.commands.eval import evaluation_settings
 from recalign_jax.errors import InputError
 from recalign_jax.evaluation.report import EVALUATION_FILE
 from recalign_jax.files import atomic_file
@@ -68,8 +68,6 @@ ROWS: dict[str, Sequence[int]] = {
     **{f"toys_title_{mixture}": SEEDS for mixture in MIXTURES},
     **{f"movielens_token_{mixture}": SEEDS for mixture in ("rating", "rating_aligned")},
 }
-# Gin names that training and evaluation both have, and that needn't be the same.
-OF_THE_COMMAND = ("MAX_EVAL_USERS",)
 STOPPED = (75, 130, -signal.SIGTERM, -signal.SIGINT)  # exit statuses of a command that was told to end
 
 
@@ -150,21 +148,16 @@ def make_job(
     gin_config.parse([gin_file], gin_config.bindings_of([*place, *bindings]))
     settings = gin_config.snapshot()
 
-    files = [*gin_config.model_files([gin_file]), "gin_configs/runs/eval.gin"]
-    gin_config.parse(files, [])
+    files, others = evaluation_settings([gin_file], settings)
     values = {
-        "TASK_NAME": settings["MIXTURE_OR_TASK_NAME"],
+        "TASK_NAME": settings["MIXTURE_OR_TASK_NAME"].strip("'"),
         "SPLIT": split,
         "CHECKPOINT_PATH": str(folder if settings["BEST_METRIC"] == "None" else folder / BEST),
         "OUTPUT_DIR": str(folder / split),
     }
-    for name, value in gin_config.snapshot().items():  # the model, prompts and decoding as in training
-        if settings.get(name, value) != value and name not in OF_THE_COMMAND:
-            values[name] = settings[name]
     evaluate = ["recalign", "eval", "--data_dir", str(data_dir)]
     evaluate += [part for file in files for part in ("--gin_file", file)]
-    unquoted = {name: value.strip("'") for name, value in values.items()}
-    evaluate += [f"--gin.{name}={value}" for name, value in unquoted.items()]
+    evaluate += [f"--gin.{name}={value}" for name, value in (values | others).items()]
     but_for = ("SEED", "MODEL_DIR")
     settings = {name: value for name, value in settings.items() if name not in but_for}
     return Job(row, seed, folder, settings, list(bindings), train, evaluate)

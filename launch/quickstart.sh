@@ -4,11 +4,13 @@
 # report.
 #   ./launch/quickstart.sh [RUN_DIR]     (default: quickstart_run; a second call goes on where the first stopped)
 set -euo pipefail
+here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh
 setup_environment ""
 export PATH="$PWD/.venv/bin:$PATH"
-run=${1:-quickstart_run}
+run=${1:+$(cd "$here" && realpath -m -- "$1")}
+run=${run:-quickstart_run}
 export RECALIGN_DATA_DIR="$run/data"
 mkdir -p "$run"
 start=$SECONDS

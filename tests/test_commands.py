@@ -7,8 +7,9 @@ import shlex
 import numpy as np
 import pytest
 
-from recalign_jax import cli
+from recalign_jax import cli, gin_config
 from recalign_jax.checkpoint import saved, stacking
+from recalign_jax.commands import eval, train  # noqa: F401 (train: what its gin files configure)
 from tests.corpora import prepare_shop
 
 USERS, ITEMS, LENGTH = 60, 40, 8
@@ -126,7 +127,33 @@ def test_train_ends_with_what_to_type_next(shop, trained, capsys):
     command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("Next: recalign "))
     assert command[0] == "eval"
     assert f"--gin_file={TINY[1]}" in command
+    assert "--gin.HISTORY_LENGTH=20" not in command
     assert cli.main([*command, "--gin.MAX_EVAL_USERS=3", "--gin.NUM_BEAMS=10"]) == 0
+
+
+def test_what_to_type_next_has_the_prompts_and_the_model_of_the_training(shop):
+    def command(*bindings: str) -> list[str]:
+        given = [("VOCABULARY", "words.model"), *(binding.removeprefix("--gin.").split("=", 1) for binding in bindings)]
+        gin_config.parse(["gin_configs/models/t5_tiny.gin", "gin_configs/runs/finetune.gin"], given)
+        return eval.evaluation_command(["gin_configs/models/t5_tiny.gin"], str(shop.folder), "run/best")
+
+    changed = ("--gin.HISTORY_LENGTH=5", "--gin.ITEM_FIELDS=('brand',)", "--gin.T5Config.mlp_dim=32")
+    found = command("--gin.MIXTURE_OR_TASK_NAME=shop_all_token", *changed, "--gin.MAX_EVAL_USERS=9")
+    assert found[:4] == ["recalign", "eval", "--data_dir", str(shop.folder)]
+    assert {"--gin.TASK_NAME=shop_all_token", "--gin.CHECKPOINT_PATH=run/best", *changed} <= set(found)
+    assert not any("MAX_EVAL_USERS" in part or "MESH" in part for part in found)
+    for name in ("shop_mim_token", "task_of_a_module"):  # nothing that `recalign eval` evaluates
+        assert command(f"--gin.MIXTURE_OR_TASK_NAME={name}") == []
+
+
+def test_evaluating_with_other_prompts_is_told_of(shop, trained, capsys):
+    few = ("--gin.MAX_EVAL_USERS=3", "--gin.NUM_BEAMS=10")
+    others = ("--gin.HISTORY_LENGTH=5", "--gin.ITEM_FIELDS=('brand',)")
+    capsys.readouterr()
+    assert cli.main(["eval", "--data_dir", str(shop.folder), *eval_arguments(trained, shop), *few, *others]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "was trained with HISTORY_LENGTH 20; here it is 5" in told
+    assert "was trained with ITEM_FIELDS (); here it is ('brand',)" in told
 
 
 def test_train_lowers_the_loss(shop):
@@ -226,6 +253,8 @@ def test_inspect_finds_a_vocabulary(shop, monkeypatch):
     from_environment = shop("inspect", *arguments)["samples"]
     monkeypatch.delenv("RECALIGN_VOCABULARY")
     shop("vocab", "--corpus", "shop", "--size", "104")
+    # That of another corpus, whose name begins so, is none of this one's.
+    (shop.folder / "vocabularies" / "shop_second_100.model").write_bytes(b"of another corpus")
     assert len(shop("inspect", *arguments)["samples"]) == len(from_environment) == 1
 
 
@@ -264,6 +293,11 @@ def test_a_finished_run_is_left_alone(shop, trained):
         (["--gin.MIXTURE_OR_TASK_NAME=shop_rating"], "has no ratings"),
         (["--gin.BATCH_SIZE=0"], "BATCH_SIZE"),
         (["--gin.TRAIN_STEPS=0"], "TRAIN_STEPS is 0"),
+        (["--gin.EVAL_PERIOD=None"], "TrainOptions.eval_period is None: must be a whole number."),
+        (["--gin.PROFILE=10"], "TrainOptions.profile is 10: must be several values"),
+        (["--gin.ITEM_FIELDS=brand"], "TaskOptions.item_fields is 'brand': must be several values"),
+        (["--gin.TASK_FEATURE_LENGTHS={'inputs': 80}"], "must name inputs and targets"),
+        (["--gin.EVAL_PERIOD=2", "--gin.NUM_BEAMS=5"], "5 beams may not find so many"),
         (["--gin.NEGATIVES=unifrom"], "Did you mean 'uniform'"),
         (["--gin.VOCABULARY=/nowhere/x.model"], "/nowhere/x.model"),
         (["--gin.OPTIMIZER=adamm"], "Did you mean 'adamw'?"),
@@ -290,6 +324,7 @@ def test_bad_evaluation_input(shop, trained):
         (("--gin.TASK_NAME=shop_mim_token",), "shop_retrieval_token"),
         (("--gin.SCORES=tree",), "Did you mean 'trie'?"),
         (("--gin.SPLIT=train",), "SPLIT"),
+        (("--gin.MAX_EVAL_USERS=0",), "number of users to evaluate is 0"),
         (("--gin.TASK_NAME=shop_retrieval",), "items as token"),
         (("--gin_file", "gin_configs/models/t5_mini.gin"), "parameter"),
     ]:

@@ -233,6 +233,24 @@ def test_the_vocabulary_must_be_the_one_of_the_run(run, convert, tmp_path, shop_
     assert (tmp_path / "hf" / "spiece.model").read_bytes() == pathlib.Path(shop_words.path).read_bytes()
 
 
+def test_the_best_checkpoint_and_a_vocabulary_by_name(run, convert, tmp_path, shop_words):
+    """As a run has them that was trained with --gin.VOCABULARY=NAME and BEST_METRIC."""
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run" / "config.gin"
+    config.write_text(config.read_text().replace(shop_words.path, "shop_words.model"))
+    step = saved.steps(str(run))[0]
+    saved.write_best(str(tmp_path / "run"), {"step": step, "metric": "validation_loss", "value": 1.0})
+    (tmp_path / "data/vocabularies").mkdir(parents=True)
+    shutil.copy(shop_words.path, tmp_path / "data/vocabularies/shop_words.model")
+    data_dir = ("--data_dir", str(tmp_path / "data"))
+    convert(tmp_path / "run" / "best", tmp_path / "hf", "huggingface", *data_dir)
+    assert (tmp_path / "hf" / "spiece.model").read_bytes() == pathlib.Path(shop_words.path).read_bytes()
+    by_name = (*data_dir, "--vocabulary", "shop_words.model")
+    convert(tmp_path / "run" / "checkpoints" / str(step), tmp_path / "same", "huggingface", *by_name)
+    for name, array in stored(tmp_path / "hf").items():
+        np.testing.assert_array_equal(array, stored(tmp_path / "same")[name])
+
+
 def test_a_converted_folder_is_no_run_to_go_on_with(run, convert, tmp_path, shop_words, data_dir, capsys):
     convert(run, tmp_path / "own", "recalign")
     arguments = [f"--gin.MODEL_DIR={tmp_path / 'own'}", f"--gin.VOCABULARY={shop_words.path}"]

@@ -56,8 +56,8 @@ def open_checkpoint(path: str) -> Checkpoint:
     """Opens a checkpoint.
 
     Args:
-      path: a MODEL_DIR or checkpoint of `recalign train`, a Hugging Face folder or the name of a model of the hub, or
-        the folder of one step of T5X, which may also be `gs://bucket/path`.
+      path: a MODEL_DIR of `recalign train`, its `best` or one of its checkpoints, a Hugging Face folder or the name of
+        a model of the hub, or the folder of one step of T5X, which may also be `gs://bucket/path`.
 
     Raises:
       InputError: when there is none, it is damaged, or of no known format.
@@ -67,7 +67,8 @@ def open_checkpoint(path: str) -> Checkpoint:
     folder = pathlib.Path(path).expanduser()
     if folder.is_file():
         raise InputError(f"{path} is a file: give the folder that it is in.")
-    if not folder.is_dir():
+    best_of_run = folder.name == saved.BEST and (folder.parent / saved.DIRECTORY).is_dir()
+    if not folder.is_dir() and not best_of_run:
         if not hub.is_name(path):
             raise InputError(f"{path}: no such folder, and no name of the form of google/flan-t5-base.")
         folder = hub.download(path)

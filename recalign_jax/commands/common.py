@@ -30,6 +30,10 @@ EVALUATED = ("retrieval", "ranking", "rating", "rating_random")
 ALL_SHOWN = "prompts_with_all_candidates"  # their share: a prompt can be too short for all that are scored
 
 
+# What prompts look like: a checkpoint that was trained with others answers worse.
+PROMPT_SETTINGS = ("HISTORY_LENGTH", "MAX_ITEM_TOKENS", "ITEM_FIELDS", "NEIGHBOURS")
+
+
 class Model(NamedTuple):
     """A trained model, and the MODEL_DIR it comes from."""
 
@@ -143,6 +147,10 @@ def _check_trained_for(spec: TaskSpec, checkpoint_path: str) -> None:
             f"Checkpoint {checkpoint_path} was trained with items as {' and '.join(sorted(formats))}, "
             f"but {spec.name} has them as {item_format}."
         )
+    for name in PROMPT_SETTINGS:
+        then, now = trained.get(name), gin_config.snapshot().get(name)
+        if None not in (then, now) and then != now:
+            terminal.warn(f"{checkpoint_path} was trained with {name} {then}; here it is {now}.")
     extended = {extension["before"]["fingerprint"] for extension in spec.corpus.metadata.get("extensions", [])}
     if trained.get(f"corpus {spec.corpus.name}") in extended:
         if item_format == "token":
@@ -152,6 +160,7 @@ def _check_trained_for(spec: TaskSpec, checkpoint_path: str) -> None:
             )
     elif trained.get(f"catalog {spec.corpus.name} {item_format}") != spec.catalog.fingerprint:
         where = f"another catalogue than that of {spec.corpus.directory}"
-        if item_format == "token":
-            raise InputError(f"Checkpoint {checkpoint_path} was trained on {where}: its item tokens are other items.")
+        # Tokens and digits are numbers of items, which a corpus that is the same has as they were.
+        if item_format != "title" and trained.get(f"corpus {spec.corpus.name}") != spec.corpus.fingerprint:
+            raise InputError(f"Checkpoint {checkpoint_path} was trained on {where}: its item numbers are other items.")
         terminal.warn(f"{checkpoint_path} was trained on {where}.")

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"--max_shard_size {args.max_shard_size}: must be above 0.")
     output = args.output.expanduser()
     check_output(checkpoint, output, args.overwrite)
-    words = _vocabulary(args.vocabulary, checkpoint)
+    words = _vocabulary(args.vocabulary, checkpoint, args.data_dir)
     # A folder's own tokenizer files are copied as they are.
     copies = checkpoint.input_format == HUGGING_FACE and not args.vocabulary
     if args.to == HUGGING_FACE and words is None and not copies:
@@ -76,13 +76,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _vocabulary(path: str | None, checkpoint: Checkpoint) -> Vocabulary | None:
+def _vocabulary(given: str | None, checkpoint: Checkpoint, data_dir: str | None) -> Vocabulary | None:
     """The vocabulary given, else that in the folder or that the run's config.gin names; None if it isn't known."""
     trained_with = checkpoint.identity.get("vocabulary")
-    if path:
-        words = vocabularies.load(path)
+    if given:
+        words = vocabularies.load(vocabularies.find(given, data_dir))
         if trained_with not in (None, words.fingerprint):
-            raise InputError(f"{checkpoint.path} was trained with another vocabulary than {path}.")
+            raise InputError(f"{checkpoint.path} was trained with another vocabulary than {given}.")
         return words
     if checkpoint.folder is None:
         return None
@@ -91,8 +91,11 @@ def _vocabulary(path: str | None, checkpoint: Checkpoint) -> Vocabulary | None:
     for folder in (checkpoint.folder, *checkpoint.folder.absolute().parents[:2]):
         config = folder / "config.gin"
         named = _VOCABULARY_OF_RUN.search(config.read_text(encoding="utf-8")) if config.is_file() else None
-        if named and pathlib.Path(ast.literal_eval(named[1])).is_file():
-            words = vocabularies.load(ast.literal_eval(named[1]))
+        if named:
+            try:
+                words = vocabularies.load(vocabularies.find(ast.literal_eval(named[1]), data_dir))
+            except InputError:  # it isn't here, or no longer what it was
+                return None
             return words if words.fingerprint == trained_with else None
     return None
 

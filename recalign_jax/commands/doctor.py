@@ -248,7 +248,15 @@ def checkpoint(folder: str | None, made: dict[str, Any]) -> str:
     if folder is None and jax.process_count() > 1:
         raise Doubt("not tried: give --folder, one that all processes share")
     state, shapes = made["state"], made["shapes"]
-    where = pathlib.Path(folder or tempfile.gettempdir()) / "recalign_doctor"
+    parent = pathlib.Path(folder or tempfile.gettempdir())
+    if jax.process_count() == 1:
+        parent.mkdir(parents=True, exist_ok=True)
+        where = pathlib.Path(tempfile.mkdtemp(prefix="recalign_doctor_", dir=parent))
+    else:  # one that all processes know the name of; a doctor that was killed may have left it
+        where = parent / "recalign_doctor"
+        if jax.process_index() == 0:
+            shutil.rmtree(where, ignore_errors=True)
+        multihost_utils.sync_global_devices("nothing is there")
     try:
         start = time.perf_counter()
         with checkpointing.open_checkpoints(str(where)) as checkpoints:

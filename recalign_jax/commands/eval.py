@@ -1,8 +1,9 @@
 """`recalign eval`: evaluates a checkpoint on a held-out split."""
 
 import argparse
+import ast
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -18,6 +19,9 @@ from seqio_tasks import vocabulary as vocabularies
 from seqio_tasks.specs import TaskOptions, TaskSpec
 
 USES_GIN = True
+
+# Gin names that training and evaluation both have, and that needn't be the same.
+OF_THE_COMMAND = ("MAX_EVAL_USERS", "MESH")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,17 +70,62 @@ def eval_command(
             yield f"{spec.name}, {split} split, step {model.step}", result
 
     about = {"corpus": tasks[0].corpus.name, "tasks": [spec.name for spec in tasks], "split": split, "step": model.step}
-    told = report.publish(found(), tasks[0].corpus, about | {"model_dir": model.model_dir}, output_dir)
+    place = None if output_dir is None else str(output_dir)  # a folder may be called 2024
+    told = report.publish(found(), tasks[0].corpus, about | {"model_dir": model.model_dir}, place)
     families = [spec.family for spec in tasks]
-    terminal.say(f"Next to it: {baseline_command(tasks[0].corpus.name, families, split, data_dir)}")
+    users = results.EvaluationOptions().max_users
+    terminal.say(f"Next to it: {baseline_command(tasks[0].corpus.name, families, split, data_dir, users)}")
     return told
 
 
-def baseline_command(corpus: str, families: list[str], split: str, data_dir: str | None) -> str:
+def evaluation_command(gin_files: list[str], data_dir: str | None, checkpoint: str) -> list[str]:
+    """What to type to evaluate what gin says was trained; empty for what recommends nothing, or isn't of a corpus."""
+    trained = gin_config.snapshot()
+    name = ast.literal_eval(trained.get("MIXTURE_OR_TASK_NAME", "''"))
+    try:
+        parts = task_names.split_name(name, data_dir)
+    except InputError:  # of a module of the user's own
+        return []
+    if not set(EVALUATED) & {*task_names.MIXTURES.get(parts.base, (parts.base,))}:
+        return []
+    files, settings = evaluation_settings(gin_files, trained)
+    values = {"TASK_NAME": parts.of(parts.corpora[0], parts.base), "CHECKPOINT_PATH": checkpoint} | settings
+    return [
+        *("recalign", "eval", *(["--data_dir", data_dir] if data_dir else [])),
+        *(f"--gin_file={file}" for file in files),
+        *(f"--gin.{name}={value}" for name, value in values.items()),
+    ]
+
+
+def evaluation_settings(gin_files: Sequence[str], trained: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    """What an evaluation must be told so that model, prompts and decoding are those of a training.
+
+    Clears what gin holds.
+
+    Args:
+      gin_files: of the training.
+      trained: all that gin held then, from `gin_config.snapshot`.
+
+    Returns:
+      (gin files, settings that these don't have).
+    """
+    files = [*gin_config.model_files(gin_files), "gin_configs/runs/eval.gin"]
+    gin_config.parse(files, [])
+    found = {}
+    for name, value in gin_config.snapshot().items():
+        if trained.get(name, value) != value and name not in OF_THE_COMMAND:
+            found[name] = trained[name].strip("'")
+    return files, found
+
+
+def baseline_command(
+    corpus: str, families: list[str], split: str, data_dir: str | None, users: int | None = None
+) -> str:
     """What to type for a baseline on the same split, and of one family on that alone."""
     method = "mf" if families[0] in task_names.RATED_FAMILIES else "sasrec"
     command = ["recalign", "baseline", "--corpus", corpus, "--method", method, "--split", split]
     command += ["--family", families[0]] if len(families) == 1 else []
+    command += ["--max_users", str(users)] if users else []
     command += ["--data_dir", data_dir] if data_dir else []
     return shlex.join(command)
 
@@ -89,11 +138,12 @@ def evaluated(name: str, vocabulary_path: str, data_dir: str | None) -> list[Tas
     """
     parts = task_names.split_name(name, data_dir)
     corpus = load_corpus(parts.corpora[0], data_dir)
-    fitting = [f for f in EVALUATED if f in task_names.families(corpus.ratings is not None)]
+    fitting = [f for f in EVALUATED if f in task_names.families(specs.can_be_rated(corpus))]
     if len(parts.corpora) > 1:
         raise InputError(f"TASK_NAME {name} is of several corpora; evaluate one at a time, as "
                          f"{parts.of(parts.corpora[0], parts.base)}.")  # fmt: skip
-    families = [family for family in task_names.MIXTURES.get(parts.base, (parts.base,)) if family in fitting]
+    of_mixture = [family for family in task_names.MIXTURES.get(parts.base, ()) if family in fitting]
+    families = of_mixture or [family for family in EVALUATED if family == parts.base]
     if not families:
         names = ", ".join(parts.of(corpus.name, family) for family in fitting)
         raise InputError(f"TASK_NAME {name} recommends nothing that could be evaluated. Give one of {names}, or a "

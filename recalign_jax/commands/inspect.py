@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,9 @@ def _vocabulary(args: argparse.Namespace) -> str:
     if given:
         return vocabulary.find(given, args.data_dir)
     folder = data_dir_or_default(args.data_dir) / VOCABULARIES
-    trained = sorted(folder.glob(f"{args.corpus}_*.model"), key=lambda path: path.stat().st_mtime)
+    # As recalign vocab names them: the corpus `amazon` has none of those of `amazon_beauty`.
+    of_corpus = [path for path in folder.glob("*.model") if re.fullmatch(rf"{re.escape(args.corpus)}_\d+", path.stem)]
+    trained = sorted(of_corpus, key=lambda path: path.stat().st_mtime)
     if not trained:
         raise InputError(
             f"--task needs a vocabulary: --vocabulary PATH, or recalign vocab --corpus {args.corpus} --size 1000 first."

@@ -1,7 +1,6 @@
 """`recalign train`: trains a model, or goes on where MODEL_DIR stopped."""
 
 import argparse
-import ast
 import dataclasses
 import functools
 import importlib
@@ -17,6 +16,7 @@ from recalign_jax import gin_config, partitioning, terminal
 from recalign_jax.checkpoint import saved
 from recalign_jax.checkpoint.initial import load_base, load_initial
 from recalign_jax.commands.common import EVALUATED, fingerprints, make_evaluation, model_config
+from recalign_jax.commands.eval import evaluation_command
 from recalign_jax.corpus.corpus import data_dir_or_default
 from recalign_jax.errors import InputError
 from recalign_jax.evaluation import report
@@ -37,6 +37,8 @@ from seqio_tasks.specs import TaskSpec
 
 USES_GIN = True
 
+# Gin names that training and evaluation both have, and that needn't be the same.
+OF_THE_COMMAND = ("MAX_EVAL_USERS", "MESH")
 # What may differ when a run is resumed: where it lies, how long it goes on, and how often it reports.
 MAY_CHANGE = (
     *("MODEL_DIR", "TRAIN_STEPS", "EVAL_PERIOD", "CHECKPOINT_PERIOD", "LOG_PERIOD", "KEEP_CHECKPOINTS"),
@@ -61,20 +63,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if best := result.get("best"):
         checkpoint = f"{checkpoint}/{saved.BEST}"
         terminal.say(f"Best: {best['metric']} {best['value']:.4f} at step {best['step']}, {checkpoint}")
-    terminal.next_step(*evaluation_command(args, checkpoint))
+    if command := evaluation_command(args.gin_file, args.data_dir, checkpoint):
+        terminal.next_step(*command)
     return result
-
-
-def evaluation_command(args: argparse.Namespace, checkpoint: str) -> list[str]:
-    """What to type to evaluate what was trained."""
-    bound = gin_config.snapshot()
-    names = {"TASK_NAME": "MIXTURE_OR_TASK_NAME", "VOCABULARY": "VOCABULARY"}
-    values = {name: ast.literal_eval(bound.get(of, "'?'")) for name, of in names.items()}
-    return [
-        *("recalign", "eval", *(["--data_dir", args.data_dir] if args.data_dir else [])),
-        *(f"--gin_file={file}" for file in [*gin_config.model_files(args.gin_file), "gin_configs/runs/eval.gin"]),
-        *(f"--gin.{name}={value}" for name, value in (values | {"CHECKPOINT_PATH": checkpoint}).items()),
-    ]
 
 
 @gin.configurable("train", module="recalign")
@@ -108,6 +99,8 @@ def train_command(
     vocabulary = vocabularies.find(gin_config.required("VOCABULARY", vocabulary, "PATH"), data_dir)
     mixture_or_task_name = register(mixture_or_task_name, mixture_or_task_module, vocabulary, data_dir)
 
+    if initial_checkpoint is not None:
+        initial_checkpoint = str(initial_checkpoint)  # a folder may be called 2024
     options, input_options = TrainOptions(model_dir=model_dir), InputOptions()
     components = task_components.components(mixture_or_task_name, input_options.task_feature_lengths)
     task_specs = [component.spec for component, _ in components if isinstance(component, CorpusTask)]

@@ -94,7 +94,7 @@ def prompts(run: Run, data_dir: str | None, corpora: dict[str, Corpus]) -> list[
     lacking = set(parts.corpora) - corpora.keys()
     if lacking:
         raise InputError(f"Corpus {', '.join(sorted(lacking))} can't be had as it was.")
-    words = vocabulary.load(run.values.get("train.vocabulary") or "")
+    words = vocabulary.load(vocabulary.find(run.values.get("train.vocabulary") or "", data_dir))
     if run.identity.get("vocabulary", words.fingerprint) != words.fingerprint:
         raise InputError(f"Vocabulary {words.path} is not the one that {run.name} was trained with.")
     options = TaskOptions(**gin_text.parameters(run.values, "TaskOptions"))

@@ -86,7 +86,7 @@ class Run:
     def finished(self) -> bool:
         """Whether it reached its last step, or ended early as it was told to."""
         if self.kind == "baseline":
-            return bool(self.config)
+            return bool(self.config) and self.step <= (self.last_step or self.step)  # else it went on since then
         metric, patience = (self.values.get(f"TrainOptions.{name}") for name in ("best_metric", "early_stopping"))
         return self.step >= (self.last_step or 0) or steering.ends(self.records, metric, patience)
 
