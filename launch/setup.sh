@@ -8,7 +8,8 @@ setup_environment() {
     echo "Python 3.11 or later is needed; $python is $("$python" --version 2>&1). Set PYTHON to one that is." >&2
     return 2
   fi
-  if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then  # none, or one that was cut off
+  # None, or one whose making was cut off before it had pip.
+  if [ ! -e .venv/recalign_stamp ] && ! .venv/bin/python -m pip --version > /dev/null 2>&1; then
     "$python" -m venv --clear .venv
   fi
   # The stamp says for which dependencies the environment was made.
