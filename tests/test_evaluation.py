@@ -347,15 +347,13 @@ def test_errors_and_losses_go_down(metric, best):
     assert best_evaluation(records, metric)[0]["value"] == best
 
 
-def test_the_best_checkpoint_is_one_that_is_there(tmp_path):
+def test_the_best_of_several_is_put_down(tmp_path):
     metric = "validation_recall@10"
-    records = [{"step": step, metric: value} for step, value in ((1, 5.0), (2, 4.0), (3, 1.0), (4, 2.0))]
-    for step in (2, 3):  # that of step 1 is gone, and that of step 4 is being written
-        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+    records = [{"step": step, metric: value} for step, value in ((1, 2.0), (2, 4.0), (3, 1.0))]
+    write_best([*records, {"step": 4, "loss": 9.0}], metric, str(tmp_path))
+    assert read_best(str(tmp_path)) is None  # that was no evaluation
     write_best(records, metric, str(tmp_path))
-    assert read_best(str(tmp_path))["step"] == 2
-    write_best(records[2:], metric, str(tmp_path))
-    assert read_best(str(tmp_path))["step"] == 4
+    assert read_best(str(tmp_path)) == {"step": 2, "metric": metric, "value": 4.0}
     with pytest.raises(RunError, match="Did you mean 'validation_recall@10'"):
         write_best(records, "validation_recal@10", str(tmp_path))
 

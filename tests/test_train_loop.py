@@ -106,6 +106,21 @@ def test_a_metric_that_is_not_evaluated_is_named(run):
         run("never", eval_period=1, early_stopping=2)
 
 
+def test_a_metric_that_was_misspelt_is_mended_by_the_same_command(run, tmp_path):
+    options = {"train_steps": 2, "eval_period": 2}
+    with pytest.raises(RunError):
+        run("typo", [scripted([0.1])], best_metric="validation_recal@10", **options)
+    assert run("typo", [scripted([0.1])], best_metric=METRIC, **options)["best"]["step"] == 2
+
+
+def test_the_best_of_a_metric_that_is_new_to_a_run_has_a_checkpoint(run, tmp_path):
+    options = {"eval_period": 2, "keep_checkpoints": 1}
+    run("new", [scripted([0.9, 0.1])], train_steps=4, **options)
+    result = run("new", [scripted([0.3, 0.2])], train_steps=8, best_metric=METRIC, **options)
+    assert result["best"]["step"] == 6  # that of step 2 is gone
+    assert saved.steps(str(tmp_path / "new")) == [8, 6]
+
+
 @pytest.mark.parametrize("interruption", [RuntimeError("crash"), signal.SIGTERM])
 def test_an_evaluation_that_was_cut_off_is_done_again(run, tmp_path, interruption):
     options = {"eval_period": 2, "best_metric": METRIC, "early_stopping": 2}

@@ -41,8 +41,6 @@ def ends(records: Sequence[Mapping[str, Any]], metric: str | None, patience: int
 def write_best(records: Sequence[Mapping[str, Any]], metric: str | None, model_dir: str) -> None:
     """Puts down the best evaluation so far for those who ask for it, after the last record was an evaluation.
 
-    Only of steps whose checkpoints are there: with a metric that is new to a resumed run, earlier ones may be gone.
-
     Raises RunError when it did not yield the metric.
     """
     if metric is None or not any(name.startswith("validation_") for name in records[-1]):
@@ -53,7 +51,6 @@ def write_best(records: Sequence[Mapping[str, Any]], metric: str | None, model_d
         raise RunError(
             f"BEST_METRIC {metric!r} is not among what was evaluated: {', '.join(there)}.{did_you_mean(metric, there)}"
         )
-    kept = {*saved.steps(model_dir), records[-1]["step"]}
-    best, _ = best_evaluation([record for record in records if record["step"] in kept], metric)
+    best, _ = best_evaluation(records, metric)
     if best is not None and jax.process_index() == 0:
         saved.write_best(model_dir, best)

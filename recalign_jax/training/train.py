@@ -193,6 +193,11 @@ def train(
     # ---------------------------------------------------------------- what follows a logged step
     # A record counts once it is written: a run that was killed in an evaluation does it again when it is resumed.
     run_log = log.RunLog(options.model_dir, [record for record in records if record["step"] <= first_step])
+    kept = saved.steps(options.model_dir)
+
+    def has_checkpoint(record: dict[str, Any]) -> bool:
+        """Whether it can be the best: with a metric that is new to a resumed run, earlier checkpoints may be gone."""
+        return record["step"] > first_step or record["step"] in kept
 
     def conclude(step: int, record: dict[str, float], params: Any) -> None:
         """Evaluates if it is time to, and logs."""
@@ -201,7 +206,8 @@ def train(
             with preemption.postponed(False), failures.out_of_memory_in_evaluation():  # what is evaluated is saved
                 record = record | _evaluate(eval_step, evaluators, whole, held_out, batch_sharding, names)
         # First, so that whatever comes between the two, the evaluation is done again.
-        steering.write_best([*run_log.records, {"step": step, **record}], options.best_metric, options.model_dir)
+        evaluated = [*filter(has_checkpoint, run_log.records), {"step": step, **record}]
+        steering.write_best(evaluated, options.best_metric, options.model_dir)
         run_log.write(step, record)
 
     # ---------------------------------------------------------------- the loop
