@@ -313,7 +313,7 @@ def test_chunks_hold_the_logits_of_one_part_at_a_time(window):
     ("options", "rows", "message"),
     [
         ((1e-4, 0), 8, "GRADIENT_ACCUMULATION is 0"),
-        ((1e-4, 1, 2.5), 8, "LOGITS_CHUNKS is 2.5"),
+        ((1e-4, 1, 2.5), 8, r"StepOptions\.logits_chunks is 2\.5: must be a whole number"),
         ((1e-4, 3), 8, r"BATCH_SIZE is 8: must be a multiple of 3, .* times GRADIENT_ACCUMULATION \(3\)"),
         ((1e-4, 1, 5), 8, "LOGITS_CHUNKS is 5: must divide the targets of TASK_FEATURE_LENGTHS, 12"),
         ((1e-4,), 0, "BATCH_SIZE is 0"),
