@@ -305,6 +305,16 @@ def test_the_tasks_in_a_name(shop_corpus, shop_words):
             eval.evaluated(name, shop_words.path, data_dir)
 
 
+def test_ratings_that_no_model_can_write_are_left_out_of_all(shop_words, tmp_path):
+    """As in training: a mixture has no rating task then, and one that is asked for is an error."""
+    rows = [(f"u{n % 40}", f"i{n % 29}", n, 1 + n / 100) for n in range(240)]
+    prepared("tables", write_tables(tmp_path / "raw", rows), tmp_path, "fine")
+    found = eval.evaluated("fine_all_token", shop_words.path, str(tmp_path))
+    assert [spec.family for spec in found] == ["retrieval", "ranking"]
+    with pytest.raises(InputError, match=r"fine has 240 different ratings; written as text there can be at most 100\."):
+        eval.evaluated("fine_rating_token", shop_words.path, str(tmp_path))
+
+
 def test_nothing_to_evaluate_is_an_input_error(shop_corpus, tmp_path):
     with pytest.raises(InputError, match="SPLIT is 'train'"):
         retrieval.evaluation_queries(shop_corpus, "train", ALL)
