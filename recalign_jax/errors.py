@@ -82,3 +82,11 @@ def check_kinds(options: Any) -> None:
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
             what = " or ".join(told for _, told in known) or "given"
             raise InputError(f"{type(options).__name__}.{name} is {value!r}: must be {what}.")
+
+
+def check_least(options: Any, least: float, *names: str) -> None:
+    """Raises InputError when one of the named fields of a dataclass is below `least`, or no number."""
+    for name in names:
+        value = getattr(options, name)
+        if not value >= least:
+            raise InputError(f"{type(options).__name__}.{name} is {value}: must be at least {least}.")

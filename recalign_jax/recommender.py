@@ -19,7 +19,7 @@ from recalign_jax.decoding import trie_file
 from recalign_jax.decoding.retrieve import Generate, make_generate, padded, retrieve
 from recalign_jax.decoding.scoring import SCORES
 from recalign_jax.decoding.trie import EOS_ID, PAD_ID, Trie, build_trie
-from recalign_jax.errors import InputError, check_choice, check_kinds
+from recalign_jax.errors import InputError, check_choice, check_kinds, check_least
 from seqio_tasks import samples, writing
 from seqio_tasks.examples import (
     Predicted,
@@ -58,9 +58,7 @@ class DecodingOptions:
     def __post_init__(self) -> None:
         check_kinds(self)
         check_choice("SCORES", self.scores, SCORES)
-        for name in ("num_beams", "top_k", "batch_size", "max_input_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"DecodingOptions.{name} is {getattr(self, name)}: must be at least 1.")
+        check_least(self, 1, "num_beams", "top_k", "batch_size", "max_input_tokens")
         if self.length_penalty < 0:
             raise InputError(f"LENGTH_PENALTY is {self.length_penalty}: must be at least 0.")
         if self.top_k > self.num_beams:

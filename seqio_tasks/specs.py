@@ -173,8 +173,8 @@ def can_be_rated(corpus: Corpus) -> bool:
 
 
 def _check_ratings(corpus: Corpus) -> None:
-    if not can_be_rated(corpus):
-        different = corpus.num_rating_values
+    different = corpus.num_rating_values
+    if different > MAX_RATING_VALUES:
         raise InputError(
             f"Corpus {corpus.name} has {different} different ratings; written as text there can be at most "
             f"{MAX_RATING_VALUES}. Round them, as to half stars, and prepare it again."

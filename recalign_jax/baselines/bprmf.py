@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from recalign_jax.baselines import minibatches
-from recalign_jax.baselines.fit import Batch, FitOptions, Problem, Run, check_least, fit, ranking_validation
+from recalign_jax.baselines.fit import Batch, FitOptions, Problem, Run, fit, ranking_validation
 from recalign_jax.baselines.scores import Scores
 from recalign_jax.corpus.corpus import Corpus
-from recalign_jax.errors import InputError
+from recalign_jax.errors import InputError, check_least
 from seqio_tasks.examples import Query
 
 # Standard deviation of the first vectors: small, so that what isn't learned doesn't count.

@@ -18,7 +18,7 @@ from recalign_jax.baselines.scores import Scores
 from recalign_jax.checkpoint import saved
 from recalign_jax.checkpoint import training as checkpointing
 from recalign_jax.corpus.corpus import Corpus
-from recalign_jax.errors import InputError, RunError
+from recalign_jax.errors import InputError, RunError, check_least
 from recalign_jax.evaluation import retrieval
 from recalign_jax.evaluation.results import EvaluationOptions
 from recalign_jax.training import log, steering
@@ -54,14 +54,6 @@ class FitOptions:
         check_least(self, 0, "averaging", "weight_decay")
         if not self.learning_rate > 0:
             raise InputError(f"{type(self).__name__}.learning_rate is {self.learning_rate}: must be above 0.")
-
-
-def check_least(options: Any, least: float, *names: str) -> None:
-    """Raises InputError when an attribute of a method's options is below `least`, or no number."""
-    for name in names:
-        value = getattr(options, name)
-        if not value >= least:
-            raise InputError(f"{type(options).__name__}.{name} is {value}: must be at least {least}.")
 
 
 class Run(NamedTuple):

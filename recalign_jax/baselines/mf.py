@@ -11,9 +11,9 @@ import numpy as np
 
 from recalign_jax import metrics
 from recalign_jax.baselines import minibatches
-from recalign_jax.baselines.fit import Batch, FitOptions, Problem, Run, check_least, fit
+from recalign_jax.baselines.fit import Batch, FitOptions, Problem, Run, fit
 from recalign_jax.corpus.corpus import Corpus
-from recalign_jax.errors import InputError
+from recalign_jax.errors import InputError, check_least
 from recalign_jax.evaluation import rating
 from recalign_jax.evaluation.results import EvaluationOptions
 from seqio_tasks import examples

@@ -11,10 +11,10 @@ import numpy as np
 from flax import nnx
 
 from recalign_jax.baselines import losses, sequences
-from recalign_jax.baselines.fit import FitOptions, Problem, Run, check_least, fit, ranking_validation
+from recalign_jax.baselines.fit import FitOptions, Problem, Run, fit, ranking_validation
 from recalign_jax.baselines.scores import Scores, newest
 from recalign_jax.corpus.corpus import Corpus
-from recalign_jax.errors import InputError, check_choice
+from recalign_jax.errors import InputError, check_choice, check_least
 from seqio_tasks import examples
 
 # Standard deviation of the first vectors of items and places.

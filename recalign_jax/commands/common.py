@@ -28,8 +28,6 @@ ROW_MULTIPLE = 128
 # The families that recommend; the others help to learn it.
 EVALUATED = ("retrieval", "ranking", "rating", "rating_random")
 ALL_SHOWN = "prompts_with_all_candidates"  # their share: a prompt can be too short for all that are scored
-
-
 # What prompts look like: a checkpoint that was trained with others answers worse.
 PROMPT_SETTINGS = ("HISTORY_LENGTH", "MAX_ITEM_TOKENS", "ITEM_FIELDS", "NEIGHBOURS")
 
@@ -147,8 +145,9 @@ def _check_trained_for(spec: TaskSpec, checkpoint_path: str) -> None:
             f"Checkpoint {checkpoint_path} was trained with items as {' and '.join(sorted(formats))}, "
             f"but {spec.name} has them as {item_format}."
         )
+    bound = gin_config.snapshot()
     for name in PROMPT_SETTINGS:
-        then, now = trained.get(name), gin_config.snapshot().get(name)
+        then, now = trained.get(name), bound.get(name)
         if None not in (then, now) and then != now:
             terminal.warn(f"{checkpoint_path} was trained with {name} {then}; here it is {now}.")
     extended = {extension["before"]["fingerprint"] for extension in spec.corpus.metadata.get("extensions", [])}

@@ -37,8 +37,6 @@ from seqio_tasks.specs import TaskSpec
 
 USES_GIN = True
 
-# Gin names that training and evaluation both have, and that needn't be the same.
-OF_THE_COMMAND = ("MAX_EVAL_USERS", "MESH")
 # What may differ when a run is resumed: where it lies, how long it goes on, and how often it reports.
 MAY_CHANGE = (
     *("MODEL_DIR", "TRAIN_STEPS", "EVAL_PERIOD", "CHECKPOINT_PERIOD", "LOG_PERIOD", "KEEP_CHECKPOINTS"),

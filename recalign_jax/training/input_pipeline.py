@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from recalign_jax.errors import InputError, check_kinds
+from recalign_jax.errors import InputError, check_choice, check_kinds
 from recalign_jax.training import packing
 from seqio_tasks.components import Component
 from seqio_tasks.writing import Limits
@@ -59,9 +59,7 @@ class InputOptions:
         for name, length in lengths.items():
             if not isinstance(length, int) or length < 1:
                 raise InputError(f"TASK_FEATURE_LENGTHS {name} is {length!r}: must be a whole number, at least 1.")
-        if self.loss_normalization not in packing.LOSS_NORMALIZATIONS:
-            known = ", ".join(packing.LOSS_NORMALIZATIONS)
-            raise InputError(f"LOSS_NORMALIZATION is {self.loss_normalization!r}, none of {known}.")
+        check_choice("LOSS_NORMALIZATION", self.loss_normalization, packing.LOSS_NORMALIZATIONS)
 
     def num_shards(self) -> int:
         return int(np.gcd(self.batch_size, 8)) if self.data_shards is None else self.data_shards
