@@ -1,10 +1,10 @@
-"""Writes docs/results.md and its figures from the folders of benchmarks/study.py and benchmarks/baselines.py.
+"""Writes docs/results.md and its figures from what is kept of benchmarks/study.py and benchmarks/baselines.py.
 
-    python benchmarks/results.py --runs DIR [--baselines DIR] [--split test] [--output docs/results.md]
+    python benchmarks/results.py [--runs DIR] [--baselines DIR] [--split test] [--records DIR] [--output FILE]
 
-Every number is read from the folders: metrics.json and the Parquet files with a row a user, and study.json for steps,
-tokens and seconds. Rows whose runs aren't there are left out, and claims about them. Figures lie in a folder beside the
-page that has its name.
+First keeps the finished runs of --runs and --baselines in RECORDS (benchmarks/study_records.py), and holds the claims
+against all that is kept. Every number of the page is read from RECORDS. Rows without runs are left out, and claims
+about them. Figures lie in a folder beside the page that has its name.
 """
 
 import argparse
@@ -13,17 +13,15 @@ import pathlib
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
-
-import numpy as np
-from pyarrow import parquet
+from collections.abc import Sequence
+from typing import NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from benchmarks import baselines, study
-from benchmarks.study_claims import Claim, Table, claims, tables
-from recalign_jax.errors import InputError
+from benchmarks import study, study_records, study_verdicts
+from benchmarks.study_claims import Table, claims, tables
+from benchmarks.study_records import METRICS, RECORDS, Runs
+from benchmarks.study_verdicts import Judged
 from recalign_jax.evaluation.report import EVALUATION_FILE
 from recalign_jax.files import atomic_file
 from recalign_jax.reporting import figures
@@ -31,28 +29,24 @@ from recalign_jax.reporting.comparisons import MAIN
 from recalign_jax.reporting.curves import metric_name
 from recalign_jax.reporting.figures import Panel
 
-# The metrics of tables.
-METRICS = baselines.FAMILIES
-RESAMPLES = 1000
-
-
-class Runs(NamedTuple):
-    """The runs of a row, one a seed."""
-
-    name: str
-    folders: list[pathlib.Path]  # with metrics.json and Parquet files
-    told: list[dict[str, Any]]  # metrics.json
-    records: list[dict[str, Any]]  # study.json; of a baseline only `seconds`
+# What a record says of a run, of what its study.json says.
+KEPT = ("bindings", "settings", "cores", "seconds", "steps", "tokens")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", required=True, type=pathlib.Path, help="--output of benchmarks/study.py")
+    parser.add_argument("--runs", type=pathlib.Path, help="--output of benchmarks/study.py")
     parser.add_argument("--baselines", type=pathlib.Path, help="--output of benchmarks/baselines.py")
-    parser.add_argument("--split", default="test", choices=("validation", "test"))
+    parser.add_argument("--split", default="test", choices=("validation", "test"), help="of --runs and --baselines")
+    parser.add_argument("--records", type=pathlib.Path, default=RECORDS, help="what is kept, of one split")
     parser.add_argument("--output", type=pathlib.Path, default=study.ROOT / "docs" / "results.md")
     args = parser.parse_args()
-    page, drawn = render(read(args.runs, args.baselines, args.split), args.split, args.output.stem)
+    keep(args.runs, args.baselines, args.split, args.records)
+    found = study_records.read(args.records, known_rows())
+    judged = study_verdicts.judge_all(claims(), found, study_verdicts.read_judged(args.records))
+    study_verdicts.write_judged(judged, args.records)
+
+    page, drawn = render(found, judged, args.output.stem)
     for name, content in drawn.items():
         with atomic_file(args.output.with_suffix("") / name) as aside:
             aside.write_bytes(content)
@@ -61,93 +55,41 @@ def main() -> None:
     print(json.dumps({"output": str(args.output), "figures": sorted(drawn)}))
 
 
-# Reading.
+# Keeping.
 
 
-def read(runs: pathlib.Path, conventional: pathlib.Path | None, split: str) -> dict[str, Runs]:
-    """All finished runs, by the name of their row (of a baseline CORPUS/ROW)."""
-    found = {}
-    for name in study.ROWS:
-        folders = [folder / split for folder in _seeds(runs / name) if (folder / split / EVALUATION_FILE).is_file()]
-        records = [json.loads((folder.parent / study.RECORD).read_text(encoding="utf-8")) for folder in folders]
-        if folders:
-            found[name] = Runs(name, folders, _told(folders), records)
-    names = dict.fromkeys(name for table in tables() for name in table.baselines)
-    for name, place in [(name, conventional / split / name) for name in names] if conventional else ():
-        folders = [folder for folder in _seeds(place) if (folder / EVALUATION_FILE).is_file()]
-        told = _told(folders)
-        if folders:
-            found[name] = Runs(name, folders, told, [{"seconds": one.get("training_seconds")} for one in told])
-    return found
+def known_rows() -> list[str]:
+    """The rows of the study, and baselines as CORPUS/ROW."""
+    return list(dict.fromkeys([*study.ROWS, *(name for table in tables() for name in table.baselines)]))
+
+
+def keep(runs: pathlib.Path | None, conventional: pathlib.Path | None, split: str, records: pathlib.Path) -> None:
+    """Keeps all finished runs of two folders."""
+    for name in known_rows():
+        is_baseline = "/" in name
+        folder = conventional and conventional / split / name if is_baseline else runs and runs / name
+        for seed in _seeds(folder) if folder else ():
+            evaluated = seed if is_baseline else seed / split
+            if not (evaluated / EVALUATION_FILE).is_file():
+                continue
+            source = evaluated / EVALUATION_FILE if is_baseline else seed / study.RECORD
+            told = json.loads(source.read_text(encoding="utf-8"))
+            kept = {"seconds": "training_seconds"} if is_baseline else {part: part for part in KEPT}
+            about = {"row": name, "seed": int(seed.name), "split": split}
+            about |= {part: told[source] for part, source in kept.items() if source in told}
+            study_records.keep(evaluated, about, records)
 
 
 def _seeds(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted((path for path in folder.glob("*") if path.name.isdigit()), key=lambda path: int(path.name))
 
 
-def _told(folders: Sequence[pathlib.Path]) -> list[dict[str, Any]]:
-    return [json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8")) for folder in folders]
-
-
-def per_user(runs: Runs, family: str, metric: str) -> tuple[list[str], np.ndarray]:
-    """The users, and a metric of each: float64 [seeds, users]."""
-    rows = [
-        parquet.read_table(folder / f"{family}.parquet", columns=["user", metric]).sort_by("user")
-        for folder in runs.folders
-    ]
-    return rows[0]["user"].to_pylist(), np.asarray([table[metric].to_numpy() for table in rows], np.float64)
-
-
-# Comparing.
-
-
-def difference(better: np.ndarray, worse: np.ndarray, finish: Callable[[np.ndarray], np.ndarray], times: float) -> Any:
-    """`better` less `times` `worse`, and its 95 % bootstrap interval over users and seeds.
-
-    Users are drawn with replacement, the same ones for both sides (paired); of each side so many seeds as it has.
-
-    Args:
-      better: [seeds, users].
-      worse: [seeds, users], of the same users.
-      finish: what the mean over users becomes, as the root of RMSE.
-      times: a factor.
-
-    Returns:
-      (difference, low, high).
-    """
-    random = np.random.default_rng(0)
-    users = better.shape[1]
-    drawn = []
-    for _ in range(RESAMPLES):
-        counts = np.bincount(random.integers(users, size=users), minlength=users) / users
-        first, second = (finish(side @ counts)[random.integers(len(side), size=len(side))] for side in (better, worse))
-        drawn.append(first.mean() - times * second.mean())
-    value = finish(better.mean(axis=1)).mean() - times * finish(worse.mean(axis=1)).mean()
-    return value, *np.percentile(drawn, [2.5, 97.5])
-
-
-def judge(claim: Claim, found: dict[str, Runs]) -> tuple[float, float, float, str]:
-    """Difference (above 0 where the claim holds), low, high, and `supported`, `contradicted` or `undecided`."""
-    lower = claim.metric == "rmse"
-    columns = ("mse" if lower else claim.metric, "mse" if lower else claim.other_metric or claim.metric)
-    sides = zip((claim.better, claim.worse), columns, strict=True)
-    (users, first), (others, second) = (per_user(found[name], claim.family, column) for name, column in sides)
-    if users != others:
-        raise InputError(f"{claim.better} and {claim.worse} were not evaluated on the same users.")
-    if lower:
-        value, high, low = (-end for end in difference(first, second, np.sqrt, claim.times))
-    else:
-        value, low, high = difference(first, second, np.asarray, claim.times)
-    verdict = "supported" if low > 0 else "contradicted" if high < 0 else "undecided"
-    return value, low, high, verdict
-
-
 # Writing.
 
 
-def render(found: dict[str, Runs], split: str, folder: str) -> tuple[str, dict[str, bytes]]:
+def render(found: dict[str, Runs], judged: dict[str, Judged], folder: str) -> tuple[str, dict[str, bytes]]:
     """The page as Markdown, and its figures by the names of their files in `folder` beside it."""
-    parts, drawn = [_head(found, split), _claims(found)], {}
+    parts, drawn = [_head(found), _claims(judged)], {}
     for table in tables():
         if not any(name in found for name in table.rows):
             continue
@@ -162,72 +104,83 @@ def render(found: dict[str, Runs], split: str, folder: str) -> tuple[str, dict[s
     return "\n\n".join(parts) + "\n", drawn
 
 
-def _head(found: dict[str, Runs], split: str) -> str:
+def _head(found: dict[str, Runs]) -> str:
+    split = " and the ".join(sorted({record["split"] for runs in found.values() for record in runs.records}))
     cores = sorted({record["cores"] for runs in found.values() for record in runs.records if "cores" in record})
     return (
-        "# Results\n\nWritten by `benchmarks/results.py` from the runs of `benchmarks/study.py` and "
-        "`benchmarks/baselines.py`: no number is typed by hand. Models are small and trained from scratch, on "
-        f"{' or '.join('one CPU core' if count == 1 else f'{count} CPU cores' for count in cores)}. Figures "
-        f"are of the {split} split, as `docs/protocol.md` says, and of the last checkpoint, or of the one that "
+        "# Results\n\nWritten by `benchmarks/results.py` from what is kept of the runs of `benchmarks/study.py` and "
+        "`benchmarks/baselines.py` in `docs/results/runs`: no number is typed by hand. Models are small and trained "
+        f"from scratch, on {' or '.join('one CPU core' if count == 1 else f'{count} CPU cores' for count in cores)}. "
+        f"Figures are of the {split} split, as `docs/protocol.md` says, and of the last checkpoint, or of the one that "
         "validation chose where the list of runs names its step; of a row with several seeds they are mean ± standard "
         "deviation over them, and the best of a column is bold. "
         "Tokens are those of inputs and targets that a row was trained on, without padding. Minutes are wall time of "
-        "training with its evaluations, summed over all parts of an interrupted one, whatever else the machine did; of "
-        "baselines those of their training alone."
+        "training with its evaluations, summed over all parts of an interrupted one, whatever else the machine did; "
+        "of baselines those of their training alone. Runs were made on several machines: minutes don't compare."
     )
 
 
-def _claims(found: dict[str, Runs]) -> str:
+def _claims(judged: dict[str, Judged]) -> str:
     lines = [
         "## What the experiments say\n",
         "The difference between two rows on the same users (NDCG@10 unless it says otherwise), above 0 where the "
-        f"claim holds, with a 95 % paired bootstrap interval over users and seeds ({RESAMPLES:,} resamples). A claim "
+        "claim holds, with a 95 % paired bootstrap interval over users and seeds "
+        f"({study_verdicts.RESAMPLES:,} resamples). A claim "
         "is supported if the whole interval is above 0, contradicted if it is below, else undecided. At equal steps a "
         "mixture has fewer samples of each of its tasks than the task alone. Of a row with "
         "one seed the interval knows nothing of the spread over seeds.\n",
         "| claim | difference | 95 % interval | seeds | |\n|---|---|---|---|---|",
     ]
     verdicts: dict[str, list[str]] = {"supported": [], "contradicted": [], "undecided": []}
-    for claim in claims():
-        if claim.better not in found or claim.worse not in found:
-            continue
-        value, low, high, verdict = judge(claim, found)
-        verdicts[verdict].append(claim.text)
-        seeds = " and ".join(str(len(found[name].told)) for name in dict.fromkeys((claim.better, claim.worse)))
+    for claim in (claim for claim in claims() if claim.text in judged):
+        one = judged[claim.text]
+        verdicts[one.verdict].append(claim.text)
+        seeds = " and ".join(map(str, one.seeds if claim.better != claim.worse else one.seeds[:1]))
         metric = "" if claim.metric == "ndcg@10" else f" ({metric_name(claim.metric)})"
-        lines.append(f"| {claim.text}{metric} | {value:+.4f} | [{low:+.4f}, {high:+.4f}] | {seeds} | {verdict} |")
+        interval = f"[{one.low:+.4f}, {one.high:+.4f}]"
+        lines.append(f"| {claim.text}{metric} | {one.value:+.4f} | {interval} | {seeds} | {one.verdict} |")
     told = [f"- **{name.capitalize()}:** {'; '.join(texts)}." for name, texts in verdicts.items() if texts]
     return "\n".join([*lines, "", *told])
 
 
 def _table(table: Table, rows: Sequence[Runs]) -> str:
     metrics = METRICS[table.family]
-    figures_of = [{metric: _figures(runs, table.family, metric) for metric in metrics} for runs in rows]
+    figures_of = [{metric: _spread(runs, table.family, metric) for metric in metrics} for runs in rows]
     pick = min if table.family == "rating" else max
-    best = {metric: pick(statistics.fmean(row[metric]) for row in figures_of) for metric in metrics}
+    best = {metric: pick(row[metric].mean for row in figures_of if row[metric]) for metric in metrics}
     header = ["", *map(metric_name, metrics), "seeds", "steps", "tokens, M", "minutes"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for runs, row in zip(rows, figures_of, strict=True):
         cells = [runs.name]
         for metric in metrics:
-            text = _spread(row[metric])
-            cells.append(f"**{text}**" if statistics.fmean(row[metric]) == best[metric] else text)
-        cells.append(str(len(runs.told)))
+            spread = row[metric]
+            text = "-" if spread is None else str(spread)
+            cells.append(f"**{text}**" if spread and spread.mean == best[metric] else text)
+        cells.append(str(runs.mean["seeds"] if runs.mean else len(runs.records)))
         for name, unit, digits in (("steps", 1, 0), ("tokens", 1e6, 1), ("seconds", 60, 1)):
-            values = [record.get(name) for record in runs.records]
+            values = [record.get(name) for record in ([runs.mean] if runs.mean else runs.records)]
             known = [value / unit for value in values if value is not None]
             cells.append(f"{statistics.fmean(known):,.{digits}f}" if known else "-")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _figures(runs: Runs, family: str, metric: str) -> list[float]:
-    return [told[family][metric] for told in runs.told]
+class Spread(NamedTuple):
+    """Mean and standard deviation over seeds; of one seed there is no deviation."""
+
+    mean: float
+    deviation: float | None
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f}" if self.deviation is None else f"{self.mean:.4f} ± {self.deviation:.4f}"
 
 
-def _spread(values: Sequence[float]) -> str:
-    mean = f"{statistics.fmean(values):.4f}"
-    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
+def _spread(runs: Runs, family: str, metric: str) -> Spread | None:
+    if runs.mean:  # which may lack a metric
+        mean, deviation = (runs.mean[part][family].get(metric) for part in ("mean", "deviation"))
+        return None if mean is None else Spread(mean, deviation)
+    values = [record["metrics"][family][metric] for record in runs.records]
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def _budget(table: Table, found: dict[str, Runs]) -> str:
@@ -248,11 +201,11 @@ def bars(table: Table, rows: Sequence[Runs]) -> Panel:
     metric = MAIN[table.family]
     drawn = []
     for runs in rows:
-        values = _figures(runs, table.family, metric)
-        mean = statistics.fmean(values)
-        low, high = (mean + side * statistics.stdev(values) if len(values) > 1 else None for side in (-1, 1))
+        spread = _spread(runs, table.family, metric)
+        assert spread is not None  # the main metric is always there
+        ends = (None if spread.deviation is None else spread.mean + side * spread.deviation for side in (-1, 1))
         color = 1 if runs.name in table.baselines else 0
-        drawn.append((runs.name, color, _spread(values), mean, low, high))
+        drawn.append((runs.name, color, str(spread), spread.mean, *ends))
     title = f"{metric_name(metric)}: {table.title}"
     told = "; ".join(f"{label} {text}" for label, _, text, *_ in drawn)
     slug = "_".join(table.title.lower().replace(",", "").replace("-", "_").split())
@@ -263,11 +216,11 @@ def _every_run(found: dict[str, Runs]) -> str:
     lines = ["## Every run\n", "| row | seed | steps | tokens | seconds | |\n|---|---|---|---|---|---|"]
     commands: dict[str, None] = {}
     for name in study.ROWS:
-        for told, record in zip(found[name].told, found[name].records, strict=True) if name in found else ():
-            family = next(family for family in METRICS if family in told)
-            shown = ", ".join(f"{metric_name(metric)} {told[family][metric]:.4f}" for metric in METRICS[family])
+        for record in found[name].records if name in found else ():
+            [metrics] = record["metrics"].values()
+            shown = ", ".join(f"{metric_name(metric)} {value:.4f}" for metric, value in metrics.items())
             tokens = f"{record['tokens']:,}" if record["tokens"] else "-"
-            chosen = f" (chosen: {told['step']:,})" if told["step"] != record["steps"] else ""
+            chosen = f" (chosen: {record['chosen']:,})" if record["chosen"] != record["steps"] else ""
             lines.append(
                 f"| {name} | {record['seed']} | {record['steps']:,}{chosen} | {tokens} | {record['seconds']:,.0f} | "
                 f"{shown} |"

@@ -1,6 +1,7 @@
 """The study of docs/results.md: what the auxiliary tasks and the choices of the method buy, on a small model.
 
-    python benchmarks/study.py --data_dir DIR --output DIR [--rows NAME ...] [--seeds N ...] [--gin.NAME=VALUE ...]
+    python benchmarks/study.py --data_dir DIR --output DIR [--rows NAME ...] [--seeds N ...] [--records DIR]
+      [--gin.NAME=VALUE ...]
 
 A row is a file gin_configs/experiments/study_ROW.gin, and differs from the others in what its name says. DATA_DIR
 holds `amazon_beauty`, `amazon_toys`, `amazon_beauty_shuffled` (prepared by `--tie_break shuffle`) and `movielens`, and
@@ -8,12 +9,12 @@ vocabularies that `recalign vocab` trained on `amazon_beauty` and `amazon_toys` 
 1000); a row whose corpus isn't there is left out.
 
 Each run is a `recalign train`, and a `recalign eval` of its last checkpoint, or of its best one where the row has a
-BEST_METRIC; both are printed. OUTPUT/ROW/SEED is its
-MODEL_DIR, and holds SPLIT/metrics.json with Parquet files, and study.json: command, seed, settings, steps, useful
-tokens, and wall seconds summed over all parts of the training. The queue may be stopped at any time: the same command
-goes on, and what is done isn't done again. A training that outlived its queue is waited for. A folder whose run has
-other settings is refused. Prints last one JSON line with `runs` and `failed`. benchmarks/results.py writes
-docs/results.md from the folders.
+BEST_METRIC; both are printed. OUTPUT/ROW/SEED is its MODEL_DIR, and holds SPLIT/metrics.json with Parquet files, and
+study.json: command, seed, settings, steps, useful tokens, and wall seconds summed over all parts of the training. The
+queue may be stopped at any time: the same command goes on. What is done isn't done again, nor what is kept in RECORDS
+(docs/results/runs by default) of runs elsewhere. A training that outlived its queue is waited for. A folder whose run
+has other settings is refused. Prints last one JSON line with `runs`, without those kept elsewhere, and `failed`.
+benchmarks/results.py keeps what is done, and writes docs/results.md.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from typing import IO, Any, NamedTuple
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import recalign_jax.commands.train  # noqa: F401 (what its gin files configure)
+from benchmarks import study_records
 from recalign_jax import gin_config
 from recalign_jax.checkpoint.saved import BEST
 from recalign_jax.commands.eval import evaluation_settings
@@ -92,6 +94,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default: 0 1 2, of some rows 0 alone")
     parser.add_argument("--split", default="test", choices=("validation", "test"), help="to evaluate on (default test)")
+    parser.add_argument("--records", type=pathlib.Path, default=study_records.RECORDS, help="runs that are left out")
     args, bindings = parser.parse_known_args()
     # The runs have another working directory.
     data_dir, output = args.data_dir.resolve(), args.output.resolve()
@@ -99,6 +102,9 @@ def main() -> None:
     try:
         for row, seed in queue(args.rows, args.seeds):
             job = make_job(row, seed, data_dir, output, args.split, bindings)
+            if study_records.is_kept(row, seed, args.split, job.settings, args.records):
+                print(f"{row}/{seed} is kept in {args.records} already.", file=sys.stderr)
+                continue
             try:
                 task_names.split_name(job.settings["MIXTURE_OR_TASK_NAME"].strip("'"), data_dir)
             except InputError as error:

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from benchmarks import results, study
+from benchmarks import results, study, study_records, study_verdicts
 from benchmarks.study_claims import Claim, claims, tables
+from benchmarks.study_verdicts import Judged
 from recalign_jax import cli, gin_config
 from recalign_jax.corpus import vocab
 from recalign_jax.errors import InputError
@@ -173,6 +175,7 @@ def stand_in(tmp_path, monkeypatch):
         calls = tmp_path / "calls"
         calls.write_text("")
         where = ["--data_dir", str(tmp_path / "data"), "--output", str(tmp_path / "out")]
+        where += ["--records", str(tmp_path / "records")]
         monkeypatch.setattr(sys, "argv", ["study.py", *where, "--rows", *rows, "--seeds", "0", *arguments])
         with pytest.raises(SystemExit) as ended:
             study.main()
@@ -278,14 +281,30 @@ def test_a_real_run(tmp_path, monkeypatch, capsys):
     steps = np.diff([0, *(record["step"] for record in log)])
     inputs = sum(steps * [record["packing_efficiency"] * 4 * 160 for record in log])
     assert inputs < told["tokens"] < 1.2 * inputs  # and targets
-    found = results.read(tmp_path / "out", None, "test")
-    page, drawn = results.render(found, "test", "results")
+    results.keep(tmp_path / "out", None, "test", tmp_path / "records")
+    found = study_records.read(tmp_path / "records", results.known_rows())
+    page, drawn = results.render(found, {}, "results")
     figures = json.loads((tmp_path / "out" / told["row"] / "5/test/metrics.json").read_text())["rating"]
     assert f"| movielens_token_rating_aligned | **{figures['rmse']:.4f}** | **{figures['mae']:.4f}** | 1 | 4 |" in page
     assert list(drawn) == ["rating_on_movielens_100k.svg"]
-    users, squared = results.per_user(found[told["row"]], "rating", "mse")
+    [squared] = study_records.per_user(found[told["row"]], "rating", "rmse")
     assert np.sqrt(squared.mean()) == pytest.approx(figures["rmse"])
-    assert len(users) == figures["users"]
+    assert len(squared) == figures["users"]
+    # The same run isn't done again, even where its folder is gone; one with other settings is.
+    records = ["--records", str(tmp_path / "records"), "--output", str(tmp_path / "other")]
+    monkeypatch.setattr(sys, "argv", ["study.py", *where, "--seeds", "5", *fast, *records])
+    with pytest.raises(SystemExit, match="0"):
+        study.main()
+    told = capsys.readouterr()
+    assert json.loads(told.out.splitlines()[-1]) == {"runs": [], "failed": []}
+    assert f"movielens_token_rating_aligned/5 is kept in {tmp_path}/records already." in told.err
+    assert not (tmp_path / "other").exists()
+    settings = found["movielens_token_rating_aligned"].records[0]["settings"]
+    place = ("movielens_token_rating_aligned", 5)
+    assert study_records.is_kept(*place, "test", settings, tmp_path / "records")
+    assert study_records.is_kept(*place, "test", settings | {"AN_OPTION_SINCE": "1"}, tmp_path / "records")
+    assert not study_records.is_kept(*place, "test", settings | {"DROPOUT_RATE": "0.2"}, tmp_path / "records")
+    assert not study_records.is_kept(*place, "validation", settings, tmp_path / "records")
 
 
 # The page.
@@ -309,8 +328,9 @@ def folders(tmp_path):
         order = random.permutation(400)  # rows stand in any order
         columns = {"user": [f"u{n:03d}" for n in order], "recall@10": recall, "ndcg@10": recall / 2}
         columns["ndcg@10_unfiltered"] = recall / 4
+        metrics = dict.fromkeys(study_records.METRICS["retrieval"], 0.0)
+        columns |= {name: np.zeros(400) for name in metrics if name not in columns}
         parquet.write_table(pyarrow.table(columns), folder / "retrieval.parquet")
-        metrics = dict.fromkeys(results.METRICS["retrieval"], 0.0)
         metrics |= {metric: float(np.mean(columns[metric])) for metric in columns if metric in metrics}
         (folder / "metrics.json").write_text(json.dumps({"retrieval": metrics} | more))
         told[name, seed] = metrics, dict(zip(columns["user"], recall, strict=True))
@@ -320,7 +340,7 @@ def folders(tmp_path):
             row = f"beauty_token_{name}"
             write(runs / row / str(seed) / "test", row, seed, chance, step=7000 - 3000 * seed)
             record = {
-                "seed": seed,
+                "settings": {"DROPOUT_RATE": "0.1"},
                 "steps": 7000,
                 "tokens": 80_000_000 + 10_000_000 * seed,
                 "seconds": 600.0 * (seed + 1),
@@ -334,13 +354,26 @@ def folders(tmp_path):
     return tmp_path, told
 
 
+def kept(folder: pathlib.Path) -> dict[str, study_records.Runs]:
+    results.keep(folder / "runs", folder / "baselines", "test", folder / "records")
+    return study_records.read(folder / "records", results.known_rows())
+
+
+def write_page(folder: pathlib.Path, monkeypatch, *arguments: str) -> str:
+    where = ["--records", str(folder / "records"), "--output", str(folder / "results.md")]
+    monkeypatch.setattr(sys, "argv", ["results.py", *arguments, *where])
+    results.main()
+    return (folder / "results.md").read_text()
+
+
 def test_the_page_has_the_numbers_of_the_folders(folders, monkeypatch, capsys):
     folder, told = folders
     arguments = ["--runs", str(folder / "runs"), "--baselines", str(folder / "baselines")]
-    monkeypatch.setattr(sys, "argv", ["results.py", *arguments, "--output", str(folder / "results.md")])
-    results.main()
+    page = write_page(folder, monkeypatch, *arguments)
     assert json.loads(capsys.readouterr().out)["figures"] == ["choices_on_beauty.svg", "retrieval_on_beauty.svg"]
-    page = (folder / "results.md").read_text()
+    # The records are enough.
+    shutil.rmtree(folder / "runs")
+    assert write_page(folder, monkeypatch) == page
     assert f"]({'results/retrieval_on_beauty.svg'})" in page
     assert (folder / "results/retrieval_on_beauty.svg").read_text().count("beauty_token_retrieval_aligned") == 1
 
@@ -388,48 +421,104 @@ def test_the_page_has_the_numbers_of_the_folders(folders, monkeypatch, capsys):
 
 def test_verdicts(folders):
     folder, told = folders
-    found = results.read(folder / "runs", folder / "baselines", "test")
+    found = kept(folder)
     popular, alone = "amazon_beauty/popularity", "beauty_token_retrieval"
     about = {"text": "", "family": "retrieval", "metric": "recall@10"}
-    value, low, high, verdict = results.judge(Claim(better=popular, worse=alone, times=2.0, **about), found)
+    judged = study_verdicts.judge(Claim(better=popular, worse=alone, times=2.0, **about), found)
     means = [
         np.mean([told[name, n][0]["recall@10"] for n in range(seeds)]) for name, seeds in ((popular, 1), (alone, 3))
     ]
-    assert value == pytest.approx(means[0] - 2 * means[1])
-    assert low < value < high < 0
-    assert verdict == "contradicted"
-    # Users are found again, wherever their rows stand.
-    users, recall = results.per_user(found[alone], "retrieval", "recall@10")
-    assert [told[alone, 1][1][user] for user in users] == recall[1].tolist()
-    parquet.write_table(
-        pyarrow.table({"user": ["u000"], "recall@10": [1.0]}), found[popular].folders[0] / "retrieval.parquet"
-    )
+    assert judged.value == pytest.approx(means[0] - 2 * means[1])
+    assert judged.low < judged.value < judged.high < 0
+    assert (judged.verdict, judged.seeds) == ("contradicted", (1, 3))
+    # Users are in the same order, wherever their rows stood.
+    recall = study_records.per_user(found[alone], "retrieval", "recall@10")
+    by_user = told[alone, 1][1]
+    assert recall[1].tolist() == [by_user[user] for user in sorted(by_user)]
+    others = {"user": ["u000"]} | {name: [1.0] for name in study_records.METRICS["retrieval"]}
+    source = folder / "baselines/test" / popular / "0"
+    parquet.write_table(pyarrow.table(others), source / "retrieval.parquet")
     with pytest.raises(InputError, match="were not evaluated on the same users"):
-        results.judge(Claim(better=popular, worse=alone, **about), found)
+        study_verdicts.judge(Claim(better=popular, worse=alone, **about), kept(folder))
 
 
 def test_a_lower_error_is_better(tmp_path):
-    found = {}
     for name, error in (("good", 0.25), ("bad", 1.0)):
         folder = tmp_path / name
         folder.mkdir()
-        parquet.write_table(pyarrow.table({"user": ["a", "b"], "mse": [error, error]}), folder / "rating.parquet")
-        found[name] = results.Runs(name, [folder], [], [])
+        table = {"user": ["a", "b"], "mse": [error, error], "mae": [0.0, 0.0]}
+        parquet.write_table(pyarrow.table(table), folder / "rating.parquet")
+        (folder / "metrics.json").write_text(json.dumps({"rating": {"rmse": error**0.5, "mae": 0.0}}))
+        study_records.keep(folder, {"row": name, "seed": 0}, tmp_path / "records")
+    found = study_records.read(tmp_path / "records", ["good", "bad", "neither"])
     claim = Claim("", "rating", "good", "bad", "rmse")
-    assert results.judge(claim, found) == (0.5, 0.5, 0.5, "supported")
+    judged = study_verdicts.judge(claim, found)
+    assert (judged, judged.verdict) == (Judged(0.5, 0.5, 0.5, (1, 1)), "supported")
     claim = Claim("", "rating", "bad", "good", "rmse")
-    assert results.judge(claim, found) == (-0.5, -0.5, -0.5, "contradicted")
+    judged = study_verdicts.judge(claim, found)
+    assert (judged, judged.verdict) == (Judged(-0.5, -0.5, -0.5, (1, 1)), "contradicted")
+
+
+def test_a_row_is_kept_with_one_set_of_settings(folders):
+    folder, _ = folders
+    kept(folder)
+    record = folder / "runs/beauty_token_retrieval/1/study.json"
+    changed = json.loads(record.read_text()) | {"settings": {"DROPOUT_RATE": "0.3"}}
+    record.write_text(json.dumps(changed))
+    with pytest.raises(
+        InputError, match=r"other settings \(DROPOUT_RATE was 0.1, is 0.3\). Remove it, or give another"
+    ):
+        kept(folder)
+
+
+def test_what_was_judged_from_more_seeds_stays(folders):
+    """Tables of old runs may be gone: then their claims stand as they were judged."""
+    folder, _ = folders
+    about = [claim for claim in claims() if claim.text.startswith("MIM + MLM beside retrieval helps")][:1]
+    [text] = [claim.text for claim in about]
+    before = study_verdicts.judge_all(about, kept(folder), {})
+    assert before[text].seeds == (2, 3)
+    study_verdicts.write_judged(before, folder / "records")
+    assert study_verdicts.read_judged(folder / "records") == before
+    (folder / "records/beauty_token_retrieval/2.parquet").unlink()
+    found = study_records.read(folder / "records", results.known_rows())
+    assert study_verdicts.judge_all(about, found, before) == before
+    assert study_verdicts.judge_all(about, found, {})[text].seeds == (2, 2)
+    # A baseline of which only the mean is known is shown, and no claim is judged by it.
+    place = folder / "records/amazon_beauty/bprmf"
+    place.mkdir()
+    mean = {"mean": {"retrieval": {"ndcg@10": 0.1234}}, "deviation": {"retrieval": {"ndcg@10": 0.0011}}}
+    (place / "mean.json").write_text(json.dumps(mean | {"seeds": 3, "seconds": 90.0}))
+    found = study_records.read(folder / "records", results.known_rows())
+    page, _ = results.render(found, before, "results")
+    assert "| amazon_beauty/bprmf | - | - | - | 0.1234 ± 0.0011 | - | - | 3 | - | - | 1.5 |" in page
+
+
+def test_the_page_of_the_repository_is_what_its_records_say():
+    found = study_records.read(study_records.RECORDS, results.known_rows())
+    page, drawn = results.render(found, study_verdicts.read_judged(study_records.RECORDS), "results")
+    docs = gin_config.PROJECT_ROOT / "docs"
+    assert page == (docs / "results.md").read_text()
+    assert set(drawn) == {path.name for path in (docs / "results").glob("*.svg")}
+
+
+def test_the_records_of_the_repository_are_of_the_rows_as_they_stand():
+    """Whoever changes a row drops what is kept of it."""
+    for path in study_records.RECORDS.glob("*/*.json"):
+        row, seed = path.parent.name, int(path.stem)
+        settings = {name: value for name, value in snapshot(row).items() if name not in ("SEED", "MODEL_DIR")}
+        assert study_records.is_kept(row, seed, "test", settings, study_records.RECORDS), path
 
 
 def test_the_interval_of_a_difference():
     random = np.random.default_rng(0)
     shared = random.normal(size=500)
     better, worse = (shared + random.normal(scale=0.2, size=500) + shift for shift in (0.1, 0.0))
-    value, low, high = results.difference(better[None], worse[None], np.asarray, 1.0)
+    value, low, high = study_verdicts.difference(better[None], worse[None], np.asarray, 1.0)
     assert value == pytest.approx(better.mean() - worse.mean())
     # Paired: the normal approximation of the mean of the differences, not of two means.
     expected = 2 * 1.96 * np.std(better - worse) / np.sqrt(500)
     assert high - low == pytest.approx(expected, rel=0.1)
     # What seeds differ by is in the interval too: here users are all alike, and two seeds are 1 apart.
-    value, low, high = results.difference(np.array([[0.0], [1.0]]), np.array([[0.0]]), np.asarray, 1.0)
+    value, low, high = study_verdicts.difference(np.array([[0.0], [1.0]]), np.array([[0.0]]), np.asarray, 1.0)
     assert (value, low, high) == (0.5, 0.0, 1.0)
