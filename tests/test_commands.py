@@ -138,6 +138,7 @@ def test_what_to_type_next_has_the_prompts_and_the_model_of_the_training(shop):
         return eval.evaluation_command(["gin_configs/models/t5_tiny.gin"], str(shop.folder), "run/best")
 
     changed = ("--gin.HISTORY_LENGTH=5", "--gin.ITEM_FIELDS=('brand',)", "--gin.T5Config.mlp_dim=32")
+    changed += ("--gin.RATING_HISTORY=False", "--gin.SCORES=trie", "--gin.EVALUATION_WORDING=held_out")
     found = command("--gin.MIXTURE_OR_TASK_NAME=shop_all_token", *changed, "--gin.MAX_EVAL_USERS=9")
     assert found[:4] == ["recalign", "eval", "--data_dir", str(shop.folder)]
     assert {"--gin.TASK_NAME=shop_all_token", "--gin.CHECKPOINT_PATH=run/best", *changed} <= set(found)
@@ -148,12 +149,13 @@ def test_what_to_type_next_has_the_prompts_and_the_model_of_the_training(shop):
 
 def test_evaluating_with_other_prompts_is_told_of(shop, trained, capsys):
     few = ("--gin.MAX_EVAL_USERS=3", "--gin.NUM_BEAMS=10")
-    others = ("--gin.HISTORY_LENGTH=5", "--gin.ITEM_FIELDS=('brand',)")
+    others = ("--gin.HISTORY_LENGTH=5", "--gin.ITEM_FIELDS=('brand',)", "--gin.RATING_HISTORY=False")
     capsys.readouterr()
     assert cli.main(["eval", "--data_dir", str(shop.folder), *eval_arguments(trained, shop), *few, *others]) == 0
     told = " ".join(capsys.readouterr().err.split())
     assert "was trained with HISTORY_LENGTH 20; here it is 5" in told
     assert "was trained with ITEM_FIELDS (); here it is ('brand',)" in told
+    assert "was trained with RATING_HISTORY True; here it is False" in told
 
 
 def test_train_lowers_the_loss(shop):

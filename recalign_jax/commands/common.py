@@ -29,7 +29,7 @@ ROW_MULTIPLE = 128
 EVALUATED = ("retrieval", "ranking", "rating", "rating_random")
 ALL_SHOWN = "prompts_with_all_candidates"  # their share: a prompt can be too short for all that are scored
 # What prompts look like: a checkpoint that was trained with others answers worse.
-PROMPT_SETTINGS = ("HISTORY_LENGTH", "MAX_ITEM_TOKENS", "ITEM_FIELDS", "NEIGHBOURS")
+PROMPT_SETTINGS = ("HISTORY_LENGTH", "MAX_ITEM_TOKENS", "ITEM_FIELDS", "NEIGHBOURS", "RATING_HISTORY")
 
 
 class Model(NamedTuple):

@@ -40,8 +40,8 @@ USES_GIN = True
 # What may differ when a run is resumed: where it lies, how long it goes on, and how often it reports.
 MAY_CHANGE = (
     *("MODEL_DIR", "TRAIN_STEPS", "EVAL_PERIOD", "CHECKPOINT_PERIOD", "LOG_PERIOD", "KEEP_CHECKPOINTS"),
-    *("MAX_EVAL_USERS", "NUM_BEAMS", "EVAL_BATCH_SIZE", "MAX_INPUT_TOKENS", "VOCABULARY"),
-    *("BEST_METRIC", "EARLY_STOPPING", "PROFILE", "RESUME_CHANGED"),
+    *("MAX_EVAL_USERS", "NUM_BEAMS", "EVAL_BATCH_SIZE", "MAX_INPUT_TOKENS", "SCORES", "EVALUATION_WORDING"),
+    *("VOCABULARY", "BEST_METRIC", "EARLY_STOPPING", "PROFILE", "RESUME_CHANGED"),
     # The same arithmetic in another order: not the same bits, but the same run on other devices.
     *("MESH", "REMAT", "GRADIENT_ACCUMULATION", "LOGITS_CHUNKS"),
 )
