@@ -89,7 +89,7 @@ def _seeds(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def render(found: dict[str, Runs], judged: dict[str, Judged], folder: str) -> tuple[str, dict[str, bytes]]:
     """The page as Markdown, and its figures by the names of their files in `folder` beside it."""
-    parts, drawn = [_head(found), _claims(judged)], {}
+    parts, drawn = [_head(found), _claims(judged, found)], {}
     for table in tables():
         if not any(name in found for name in table.rows):
             continue
@@ -109,18 +109,23 @@ def _head(found: dict[str, Runs]) -> str:
     cores = sorted({record["cores"] for runs in found.values() for record in runs.records if "cores" in record})
     return (
         "# Results\n\nWritten by `benchmarks/results.py` from what is kept of the runs of `benchmarks/study.py` and "
-        "`benchmarks/baselines.py` in `docs/results/runs`: no number is typed by hand. Models are small and trained "
+        "`benchmarks/baselines.py` in `docs/results/runs`: no number is typed by hand. A row of the study is called "
+        "after its corpus, how items stand in its prompts (`token`: one vocabulary entry each, `id`: the digits of "
+        "their number, `title`), and what it is trained on: `retrieval` alone, with MIM or MLM, or `aligned` with "
+        "both; `ranking` and `rating` alone or `aligned` with BPR. Models are small and trained "
         f"from scratch, on {' or '.join('one CPU core' if count == 1 else f'{count} CPU cores' for count in cores)}. "
         f"Figures are of the {split} split, as `docs/protocol.md` says, and of the last checkpoint, or of the one that "
         "validation chose where the list of runs names its step; of a row with several seeds they are mean ± standard "
         "deviation over them, and the best of a column is bold. "
         "Tokens are those of inputs and targets that a row was trained on, without padding. Minutes are wall time of "
         "training with its evaluations, summed over all parts of an interrupted one, whatever else the machine did; "
-        "of baselines those of their training alone. Runs were made on several machines: minutes don't compare."
+        "of baselines those of their training alone. Runs were made on several machines: minutes don't compare. "
+        "Figures of runs without a table of users, and means of baselines without runs, were carried over from an "
+        "earlier version of this page, with its four decimals."
     )
 
 
-def _claims(judged: dict[str, Judged]) -> str:
+def _claims(judged: dict[str, Judged], found: dict[str, Runs]) -> str:
     lines = [
         "## What the experiments say\n",
         "The difference between two rows on the same users (NDCG@10 unless it says otherwise), above 0 where the "
@@ -128,7 +133,8 @@ def _claims(judged: dict[str, Judged]) -> str:
         f"({study_verdicts.RESAMPLES:,} resamples). A claim "
         "is supported if the whole interval is above 0, contradicted if it is below, else undecided. At equal steps a "
         "mixture has fewer samples of each of its tasks than the task alone. Of a row with "
-        "one seed the interval knows nothing of the spread over seeds.\n",
+        "one seed the interval knows nothing of the spread over seeds. *Judged earlier*: from figures of users that "
+        "are kept no longer, so this can't be repeated from the records.\n",
         "| claim | difference | 95 % interval | seeds | |\n|---|---|---|---|---|",
     ]
     verdicts: dict[str, list[str]] = {"supported": [], "contradicted": [], "undecided": []}
@@ -137,8 +143,11 @@ def _claims(judged: dict[str, Judged]) -> str:
         verdicts[one.verdict].append(claim.text)
         seeds = " and ".join(map(str, one.seeds if claim.better != claim.worse else one.seeds[:1]))
         metric = "" if claim.metric == "ndcg@10" else f" ({metric_name(claim.metric)})"
+        caveat = f" ({claim.caveat})" if claim.caveat else ""
         interval = f"[{one.low:+.4f}, {one.high:+.4f}]"
-        lines.append(f"| {claim.text}{metric} | {one.value:+.4f} | {interval} | {seeds} | {one.verdict} |")
+        kept = study_verdicts.seeds_with_tables(claim, found) == one.seeds
+        verdict = one.verdict if kept else f"{one.verdict}, *judged earlier*"
+        lines.append(f"| {claim.text}{metric}{caveat} | {one.value:+.4f} | {interval} | {seeds} | {verdict} |")
     told = [f"- **{name.capitalize()}:** {'; '.join(texts)}." for name, texts in verdicts.items() if texts]
     return "\n".join([*lines, "", *told])
 
@@ -192,8 +201,11 @@ def _budget(table: Table, found: dict[str, Runs]) -> str:
     if not tokens:
         return told
     mean = statistics.fmean(tokens)
+    told = f"{told} Useful tokens a step: {mean:,.0f}"
+    if len(tokens) == 1:
+        return f"{told}."
     low, high = (100 * (end / mean - 1) for end in (min(tokens), max(tokens)))
-    return f"{told} Useful tokens a step: {mean:,.0f} on average, from {low:+.1f} % to {high:+.1f} % of it."
+    return f"{told} on average, from {low:+.1f} % to {high:+.1f} % of it."
 
 
 def bars(table: Table, rows: Sequence[Runs]) -> Panel:
@@ -227,8 +239,14 @@ def _every_run(found: dict[str, Runs]) -> str:
             )
             more = "".join(f" {shlex.quote(binding)}" for binding in record["bindings"])
             file = f"gin_configs/experiments/study_{name}.gin"
-            commands[f"recalign train --gin_file {file} --gin.SEED={record['seed']}{more}"] = None
-    return "\n".join([*lines, "\n```bash", *commands, "```"])
+            place = f"--gin.SEED={record['seed']} --gin.MODEL_DIR=runs/study/{name}/{record['seed']}"
+            commands[f"recalign train --gin_file {file} {place}{more}"] = None
+    queue = "python benchmarks/study.py --data_dir DIR --output runs/study"
+    told = (
+        f"\nEach is a training, here, and the `recalign eval` that it ends with; `{queue}` does both for all of them, "
+        "and its first lines say which corpora and vocabularies they need.\n\n```bash"
+    )
+    return "\n".join([*lines, told, *commands, "```"])
 
 
 def _missing(found: dict[str, Runs]) -> str:

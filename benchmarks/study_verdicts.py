@@ -36,12 +36,17 @@ def judge_all(claims: Sequence[Claim], found: dict[str, Runs], before: dict[str,
     """
     judged = dict(before)
     for claim in claims:
-        sides = [found.get(name) for name in (claim.better, claim.worse)]
-        seeds = tuple(len(side.tables) if side else 0 for side in sides)
+        seeds = seeds_with_tables(claim, found)
         earlier = before[claim.text].seeds if claim.text in before else (1, 1)
         if seeds[0] >= earlier[0] and seeds[1] >= earlier[1]:
             judged[claim.text] = judge(claim, found)
     return judged
+
+
+def seeds_with_tables(claim: Claim, found: dict[str, Runs]) -> tuple[int, int]:
+    """From how many seeds of its two sides a claim can be judged."""
+    better, worse = (len(found[name].tables) if name in found else 0 for name in (claim.better, claim.worse))
+    return better, worse
 
 
 def judge(claim: Claim, found: dict[str, Runs]) -> Judged:

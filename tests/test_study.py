@@ -413,8 +413,8 @@ def test_the_page_has_the_numbers_of_the_folders(folders, monkeypatch, capsys):
     assert "\n| beauty_token_retrieval | 0 | 7,000 | 80,000,000 | 600 | " in every
     assert "\n| beauty_token_retrieval | 1 | 7,000 (chosen: 4,000) | 90,000,000 | 1,200 | " in every
     command = "recalign train --gin_file gin_configs/experiments/study_beauty_token_retrieval.gin --gin.SEED="
-    assert f"\n{command}0\n" in every
-    assert f"\n{command}2 '--gin.X=1 2'\n" in every
+    assert f"\n{command}0 --gin.MODEL_DIR=runs/study/beauty_token_retrieval/0\n" in every
+    assert f"\n{command}2 --gin.MODEL_DIR=runs/study/beauty_token_retrieval/2 '--gin.X=1 2'\n" in every
     assert "- beauty_token_retrieval_aligned: seed 2\n- beauty_token_ranking: seeds 0, 1, 2\n" in missing
     assert "- beauty_token_retrieval:" not in missing
 
@@ -492,6 +492,7 @@ def test_what_was_judged_from_more_seeds_stays(folders):
     found = study_records.read(folder / "records", results.known_rows())
     page, _ = results.render(found, before, "results")
     assert "| amazon_beauty/bprmf | - | - | - | 0.1234 ± 0.0011 | - | - | 3 | - | - | 1.5 |" in page
+    assert "| 2 and 3 | supported, *judged earlier* |" in page
 
 
 def test_the_page_of_the_repository_is_what_its_records_say():
