@@ -55,9 +55,8 @@ def main() -> None:
     parser.add_argument("--data_dir")
     parser.add_argument("--model", default="gin_configs/models/flan_t5_small.gin", help="gin file")
     parser.add_argument("--beams", type=int, default=20)
-    parser.add_argument("--users", type=int, default=64, help="ours a round")
+    parser.add_argument("--users", type=int, default=32, help="of a round, the same ones for all three")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--peer_users", type=int, default=8, help="transformers' a round, the first of ours")
     parser.add_argument("--peer_batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
@@ -75,23 +74,22 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         model = write_model(config, folder)
         sides = {
-            "transformers": (theirs(spec, model, args.beams, args.peer_batch), prompts[: args.peer_users]),
-            "ours": (ours(spec, config, folder, args.beams, args.batch, "vocabulary"), prompts),
-            "renormalised": (ours(spec, config, folder, args.beams, args.batch, "trie"), prompts),
+            "transformers": theirs(spec, model, args.beams, args.peer_batch),
+            "ours": ours(spec, config, folder, args.beams, args.batch, "vocabulary"),
+            "renormalised": ours(spec, config, folder, args.beams, args.batch, "trie"),
         }
-    found, rates = {}, {name: [] for name in sides}
-    for name, (decode, its_prompts) in sides.items():
-        found[name] = decode(its_prompts)
+    found = {name: decode(prompts) for name, decode in sides.items()}
+    rates: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(args.rounds):
-        for name, (decode, its_prompts) in sides.items():
+        for name, decode in sides.items():
             start = time.perf_counter()
-            decode(its_prompts)
-            rates[name].append(len(its_prompts) / (time.perf_counter() - start))
+            decode(prompts)
+            rates[name].append(len(prompts) / (time.perf_counter() - start))
     ratios = {
         name: statistics.median(a / b for a, b in zip(rates[name], rates["transformers"], strict=True))
         for name in ("ours", "renormalised")
     }
-    pairs = list(zip(found["transformers"], found["ours"], strict=False))
+    pairs = list(zip(found["transformers"], found["ours"], strict=True))
     both = [(peer[item], own[item]) for peer, own in pairs for item in peer if item in own]
     return {
         "ratio": round(ratios["ours"], 2),

@@ -81,7 +81,7 @@ def measure(settings: dict[str, Any]) -> None:
     step_flops = flops.train_step_flops(config, *lengths)
     state, step = our_training.state_and_step(config, "adafactor", len(stream.tasks))
     batch, _ = next(our_training.on_device(stream))
-    train = our_training.our_trainer(state, step, itertools.repeat((batch, None)), 1, [])
+    train = our_training.our_trainer(state, step, itertools.repeat((batch, None)), 1)
     square = forward_and_backward(Product("mk,kn->mn", (SQUARE, SQUARE), (SQUARE, SQUARE), 1))
     each = [(product.times, forward_and_backward(product)) for product in products(config, *lengths)]
 

@@ -35,8 +35,8 @@ def main() -> None:
     compiled = step.lower(state, next(same_rows)[0], None).compile()
     compile_seconds = time.perf_counter() - started
     copy = jax.tree.map(jnp.copy, state)
-    train = our_training.our_trainer(state, compiled, our_training.on_device(stream), args.steps, [])
-    train_same = our_training.our_trainer(copy, compiled, same_rows, args.steps, [])
+    train = our_training.our_trainer(state, compiled, our_training.on_device(stream), args.steps)
+    train_same = our_training.our_trainer(copy, compiled, same_rows, args.steps)
     # As many shards as `recalign train` has.
     input_stream = dataclasses.replace(stream, options=dataclasses.replace(stream.options, data_shards=None))
     input_cycles = cycles(our_training.on_device(input_stream), input_stream.options.num_shards())

@@ -8,8 +8,8 @@ in batches as the samples come (`dynamic`). Both pad to the longest of a batch. 
 after steps that are not counted (compilation, first allocations). float32, dropout as the model file says.
 
 Prints one JSON line: `ratio` (ours over grouped) and `ratio_dynamic` (ours over dynamic), both the median over rounds,
-tokens a second of the three (medians as well), how full rows and batches are, and `input_wait_share`, the share of our
-time in which we waited for samples. Aim: a ratio of at least 1. The corpus must be prepared. Needs torch.
+tokens a second of the three (medians as well), and how full rows and batches are. All samples are rendered before the
+rounds. Aim: a ratio of at least 1. The corpus must be prepared. Needs torch.
 """
 
 import argparse
@@ -67,23 +67,20 @@ def compare(
     number = steps * (rounds + 1)
     rows = [batch for batch, _ in itertools.islice(packed_batches(stream), max(number, pool))]
     samples = [sample for batch in rows for sample in unpack(batch)]
-    waits: list[float] = []
     orders = {
         "grouped": by_length(samples, len(rows), steps, rounds + 1),
         "dynamic": shuffled(samples, len(rows))[:number],
     }
     batches = {name: [collate(batch) for batch in order] for name, order in orders.items()}
     state, step = our_training.state_and_step(config, optimizer, len(stream.tasks))
-    trainers = {"ours": our_trainer(state, step, our_training.on_device(stream), steps, waits)}
+    trainers = {"ours": our_trainer(state, step, our_training.on_device(stream), steps)}
     trainers |= {name: torch_trainer(config, optimizer, padded, steps) for name, padded in batches.items()}
     rates: dict[str, list[float]] = {name: [] for name in trainers}
-    seconds = 0.0
     for turn in range(rounds + 1):
         for name, train in trainers.items():
             tokens, taken = train(turn)
             if turn:
                 rates[name].append(tokens / taken)
-                seconds += taken if name == "ours" else 0.0
 
     def ratio(peer: str) -> float:
         return round(statistics.median(a / b for a, b in zip(rates["ours"], rates[peer], strict=True)), 3)
@@ -95,7 +92,6 @@ def compare(
         "packing_efficiency": fill(rows, "encoder_segment_ids"),
         "decoder_efficiency": fill(rows, "decoder_segment_ids"),
         **{f"{name}_{side}_efficiency": fill(padded, key) for name, padded in batches.items() for side, key in PADDED},
-        "input_wait_share": round(sum(waits[-steps * rounds :]) / seconds, 4),
         "optimizer": optimizer,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(t5.abstract_params(config))),
         "lengths": stream.options.task_feature_lengths,
