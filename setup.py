@@ -31,6 +31,13 @@ setuptools.setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["recalign_jax", "recalign_jax.*", "seqio_tasks", "seqio_tasks.*"]),
     package_data={"recalign_jax.reporting": ["published.json", "templates/*"]},
