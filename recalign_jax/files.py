@@ -8,6 +8,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
+from recalign_jax import terminal
+
 
 def _sync(path: pathlib.Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
@@ -15,6 +17,23 @@ def _sync(path: pathlib.Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync_all(folder: pathlib.Path) -> None:
+    """Waits until every file and folder below `folder`, and itself, would outlast a power cut."""
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink():
+            _sync(path)
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """Removes what was replaced; what won't go fails nothing, for what replaces it stands already.
+
+    On NFS a folder isn't empty as long as another machine has a file of it open.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        terminal.warn(f"{folder} was replaced and could not be removed. Nothing needs it: remove it by hand.")
 
 
 @contextlib.contextmanager
@@ -50,7 +69,8 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
     A directory that already stands at `path` is exchanged for the new one and then deleted, so that there is no moment
     at which a reader finds half of either. Where the system can't exchange two names at once (Linux can), there is one
-    between two renames at which it lies in `.NAME.old.*` beside `path`.
+    between two renames at which it lies in `.NAME.old.*` beside `path`. All files are on the disk before they take the
+    name. What can't be deleted of the old directory is told of and stays, under a hidden name beside `path`.
     """
     target = pathlib.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -58,9 +78,10 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     try:
         aside.chmod(0o755)
         yield aside
+        _sync_all(aside)
         if target.is_dir() and _exchanged(aside, target):
             _sync(target.parent)
-            shutil.rmtree(aside)
+            _remove(aside)
             return
         old = None
         if target.exists():
@@ -74,7 +95,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
             raise
         _sync(target.parent)
         if old is not None:
-            shutil.rmtree(old)
+            _remove(old)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise

@@ -14,7 +14,7 @@ import numpy as np
 
 from recalign_jax import terminal
 from recalign_jax.errors import InputError, did_you_mean
-from seqio_tasks import samples
+from seqio_tasks import ambiguity, samples
 from seqio_tasks.specs import TaskSpec
 from seqio_tasks.writing import Limits, Sample
 
@@ -145,7 +145,9 @@ def components(name: str, lengths: Mapping[str, int] | None = None) -> list[tupl
     tasks = sorted(seqio.get_subtasks(provider), key=lambda task: task.name)
     for task in tasks:
         if isinstance(task.source, SampleSource):
-            found.append(CorpusTask(task.source.spec))
+            spec = task.source.spec
+            ambiguity.warn_of_ambiguous_items(spec.corpus, spec.catalog, spec.vocabulary)
+            found.append(CorpusTask(spec))
             continue
         if not set(_FEATURES) <= set(task.output_features):
             raise InputError(

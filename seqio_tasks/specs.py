@@ -11,7 +11,7 @@ from recalign_jax.corpus.candidates import NEGATIVES, NUM_TEST_NEGATIVES
 from recalign_jax.corpus.catalog import FIELDS, Catalog, Pieces, build_catalog, item_pieces
 from recalign_jax.corpus.corpus import Corpus, load_corpus
 from recalign_jax.errors import InputError, check_kinds, did_you_mean
-from seqio_tasks import prompts, vocabulary
+from seqio_tasks import ambiguity, prompts, vocabulary
 from seqio_tasks.task_names import MIXTURES, RATED_FAMILIES, TaskName, split_name, with_format
 from seqio_tasks.vocabulary import Vocabulary
 
@@ -79,12 +79,17 @@ class TaskOptions:
             "test_negatives": (1, "there must be something to tell the right one from"),
             "training_wordings": (1, "a prompt needs words"),
             "mlm_mean_span_length": (1, "a span holds a token"),
+            "candidate_seed": (0, "a seed is not negative"),
         }
         for name, (minimum, why) in least.items():
             if getattr(self, name) < minimum:
                 raise InputError(f"{name.upper()} is {getattr(self, name)}; {why}.")
         if self.mim_masked_items is not None and self.mim_masked_items < 1:
             raise InputError(f"MIM_MASKED_ITEMS is {self.mim_masked_items}; at least one item is masked.")
+        if self.mixture_maximum is not None and self.mixture_maximum < 1:
+            raise InputError(f"MIXTURE_MAXIMUM is {self.mixture_maximum}; no task would be drawn. None is no cap.")
+        if not self.mixture_temperature > 0:
+            raise InputError(f"MIXTURE_TEMPERATURE is {self.mixture_temperature}; it must be above 0, and 1 is usual.")
         for name in ("mim_mask_rate", "mlm_noise_density"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name.upper()} is {getattr(self, name)}, not a share from 0 to 1.")
@@ -200,4 +205,6 @@ def task_spec(name: str, vocabulary_path: str, data_dir: str | pathlib.Path | No
         raise InputError(f"{name!r} is a mixture; a single task is needed here, as {fitting!r}.")
     [corpus] = parts.corpora
     words = vocabulary.load(vocabulary_path)
-    return make_spec(load_corpus(corpus, data_dir), parts.base, parts.item_format, words, TaskOptions())
+    spec = make_spec(load_corpus(corpus, data_dir), parts.base, parts.item_format, words, TaskOptions())
+    ambiguity.warn_of_ambiguous_items(spec.corpus, spec.catalog, words)
+    return spec

@@ -46,6 +46,21 @@ def test_negatives_are_drawn_as_their_kind_says(beauty_corpus):
     assert {texts[other] for other in draw(beauty_corpus, item, [], 20, "category")} == {texts[item]}
 
 
+def test_a_small_category_is_filled_up_without_looking_at_all_items(beauty_corpus, monkeypatch):
+    texts = [beauty_corpus.item_text(item).categories[-1:] for item in range(beauty_corpus.num_items)]
+    members = Counter(texts)
+    item = next(item for item in range(beauty_corpus.num_items) if texts[item] and members[texts[item]] == 4)
+
+    def looked_at_all(*args):
+        raise AssertionError("time for every item of the corpus")
+
+    monkeypatch.setattr(np, "setdiff1d", looked_at_all)
+    found = draw(beauty_corpus, item, [], 20, "category")
+    assert len(set(found)) == 20
+    assert sum(texts[other] == texts[item] for other in found) == 3
+    assert found == draw(beauty_corpus, item, [], 20, "category")
+
+
 def test_an_unknown_kind_is_an_input_error(shop_corpus):
     with pytest.raises(InputError, match=r"NEGATIVES is 'unifrom'.*Did you mean 'uniform'"):
         draw(shop_corpus, 0, [], 1, "unifrom")

@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recalign_jax import files
 from recalign_jax.commands import inspect, prepare
 from recalign_jax.corpus import build, corpus, holdout
 from recalign_jax.corpus.records import Interaction, ItemText
@@ -395,6 +397,50 @@ def test_a_damaged_corpus_is_an_input_error(small, damage):
         corpus.load_corpus("small", small.directory.parent).item_text(0)
 
 
+def test_a_corpus_has_the_name_of_its_folder(small, monkeypatch):
+    """Whatever corpus.json says, which may be another's: of two tasks of one name, one would be lost."""
+    data_dir = small.directory.parent
+    for name in ("renamed", "small.old", "small_all"):
+        shutil.copytree(small.directory, data_dir / name)
+    path = data_dir / "renamed" / "corpus.json"
+    path.write_text(path.read_text().replace('"name": "small"', '"name": "../../etc"'))
+    (data_dir / "linked").symlink_to(small.directory)
+    assert corpus.corpora(data_dir) == ["linked", "renamed", "small"]
+    for name in ("linked", "renamed", "small"):
+        assert corpus.load_corpus(name, data_dir).name == name
+    monkeypatch.chdir(data_dir / "renamed")
+    assert corpus.read_corpus(".").name == "renamed"
+    for name, reason in (("small.old", "use small letters"), ("small_all", "may end in '_all'")):
+        with pytest.raises(InputError, match=reason):
+            corpus.load_corpus(name, data_dir)
+        with pytest.raises(InputError, match=reason):
+            corpus.read_corpus(data_dir / name)
+
+
+@pytest.mark.parametrize("read", ["item_text", "item_source_id", "user_source_id"])
+def test_a_corpus_that_is_replaced_while_in_use_is_not_read_on(small, read):
+    """Its numbers are those of the old arrays; the new texts and ids have others."""
+    data_dir, pickled = small.directory.parent, pickle.dumps(small)
+    prepared("tables", data_dir / "raw", data_dir, "small", "--seed", "5", "--overwrite")
+    with pytest.raises(InputError, match="was replaced while in use"):
+        getattr(small, read)(0)
+    with pytest.raises(InputError, match="was replaced while in use"):
+        pickle.loads(pickled)
+
+
+def test_a_corpus_that_is_replaced_while_it_is_opened_is_not_mixed(small, monkeypatch):
+    data_dir, read_array = small.directory.parent, corpus.storage.read_array
+
+    def replaced_meanwhile(directory, name):
+        monkeypatch.setattr(corpus.storage, "read_array", read_array)
+        prepared("tables", data_dir / "raw", data_dir, "small", "--seed", "5", "--overwrite")
+        return read_array(directory, name)
+
+    monkeypatch.setattr(corpus.storage, "read_array", replaced_meanwhile)
+    with pytest.raises(InputError, match="was replaced while in use"):
+        corpus.read_corpus(small.directory)
+
+
 # Nothing half-written.
 
 
@@ -468,6 +514,43 @@ def test_there_is_a_whole_corpus_at_every_moment(tmp_path):
         assert not lacking
 
 
+def test_all_files_are_on_the_disk_before_they_take_their_name(tmp_path, monkeypatch):
+    target, synced = tmp_path / "made", []
+
+    def sync(path: pathlib.Path) -> None:
+        synced.append((path.name, target.exists()))
+
+    monkeypatch.setattr(files, "_sync", sync)
+    with atomic_directory(target) as aside:
+        (aside / "below").mkdir()
+        (aside / "below" / "file").write_text("")
+        assert not synced
+    *before, after = synced
+    assert sorted(before) == sorted([("below", False), ("file", False), (aside.name, False)])
+    assert after == (tmp_path.name, True)
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_an_old_folder_that_cannot_be_removed_is_told_of(tmp_path, monkeypatch, capsys, exchanges):
+    """As on NFS, where another machine has a file of it open."""
+
+    def rmtree(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(39, "Directory not empty")
+
+    target = tmp_path / "corpus"
+    for text in ("old", "new"):
+        with atomic_directory(target) as aside:
+            (aside / "file").write_text(text)
+            monkeypatch.setattr(shutil, "rmtree", rmtree)
+            if not exchanges:
+                monkeypatch.setattr(files, "_exchanged", lambda first, second: False)
+    assert (target / "file").read_text() == "new"
+    [left] = [path for path in tmp_path.iterdir() if path != target]
+    assert left.name.startswith(".corpus.")
+    assert f"{left} was replaced and could not be removed" in capsys.readouterr().err
+
+
 # The commands.
 
 
@@ -500,6 +583,27 @@ def test_ids_that_do_not_meet_are_told_of(tmp_path, capsys):
     (raw / "items.csv").write_text("item_id,title\n1,One\n2,Two\n")
     call(prepare, tmp_path, "--source", "tables", "--input", str(raw), "--corpus", "gaps")
     assert "2 of 4 items have no text. If they should, see that ids" in capsys.readouterr().err
+
+
+def test_a_catalogue_of_items_that_nobody_met_is_told_of(tmp_path, capsys):
+    unmet = [{"item_id": f"unmet {number}", "title": f"Title {number}"} for number in range(6)]
+    raw = write_tables(tmp_path / "raw", ROWS, [*ITEMS, *unmet])
+    warning = "Nobody met 7 of 11 items"
+    whole = prepared("tables", raw, tmp_path, "whole")
+    assert warning in (told := capsys.readouterr().err)
+    assert "--k_core 1 leaves them out" in told
+    # As it says: those go, and nothing else does.
+    met = prepared("tables", raw, tmp_path, "met", "--k_core", "1")
+    assert "Nobody met" not in capsys.readouterr().err
+    assert (met.num_items, met.num_users, met.num_interactions) == (4, whole.num_users, whole.num_interactions)
+    prepared("tables", write_tables(tmp_path / "raw", ROWS, [*ITEMS, *unmet[:2]]), tmp_path, "half")
+    assert "Nobody met" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["-n", "--seed"])
+def test_inspect_counts_from_zero(small, flag):
+    with pytest.raises(InputError, match=f"{flag} must not be negative, but is -1"):
+        call(inspect, small.directory.parent, "--corpus", "small", "--task", "retrieval", flag, "-1")
 
 
 def test_columns_and_ratings_are_named_by_flags(tmp_path):

@@ -262,16 +262,16 @@ def test_a_corpus_is_extended_in_place(small):
 
 def test_extending_twice_keeps_both_in_mind(small):
     first, _ = extended(small, MORE, MORE_ITEMS)
+    users, item_ids = ids(first)
     second, _ = extended(first, [("eve", "x", 1), ("eve", "new", 2), ("ann", "new", 0)])
-    assert [users[:3] for users in ids(second)[:1]] == [ids(first)[0]]
-    assert ids(second)[1][:7] == ids(first)[1]
+    assert (ids(second)[0][:3], ids(second)[1][:7]) == (users, item_ids)
     assert history(second, "ann") == [("new", 0), ("y", 1), ("z", 2), ("x", 3)]
     assert [entry["before"]["users"] for entry in second.metadata["extensions"]] == [2, 3]
     assert second.metadata["extensions"][0] == first.metadata["extensions"][0]
     assert second.metadata["extensions"][1]["before"]["fingerprint"] == first.fingerprint
 
 
-def test_the_k_core_of_the_corpus_is_for_newcomers(tmp_path):
+def test_the_k_core_of_the_corpus_is_for_newcomers(tmp_path, capsys):
     raw = write_tables(tmp_path / "raw", [(u, i, 1) for u in "ab" for i in "xy"])
     small = prepared("tables", raw, tmp_path, "small", "--k_core", "2", "--seed", "3", "--tie_break", "shuffle")
     # c has two and stays; d has one with an item that stays and one with an item that doesn't, and goes.
@@ -284,6 +284,13 @@ def test_the_k_core_of_the_corpus_is_for_newcomers(tmp_path):
     options = after.metadata["extensions"][0]["options"]
     assert (options["k_core"], options["tie_break"], options["seed"]) == (2, "shuffle", 3)
     assert result["interactions_added"] == 3
+    # What was dropped is forgotten, as the command says, until it is given again.
+    assert "dropped 2 interactions, which are not kept. Give them again" in capsys.readouterr().out
+    without, result = extended(after, rows[5:])
+    assert (result["interactions_added"], result["items"]) == (0, 3)
+    again, result = extended(without, rows[3:])
+    assert sorted(ids(again)[0]) == ["a", "b", "c", "d"]
+    assert result["interactions_added"] == 3
 
 
 def test_the_same_input_gives_the_same_bytes(small, tmp_path):
@@ -291,6 +298,16 @@ def test_the_same_input_gives_the_same_bytes(small, tmp_path):
     extended(small, MORE, MORE_ITEMS)
     extended(load_corpus("small", tmp_path / "other"), MORE, MORE_ITEMS)
     assert snapshot(small.directory) == snapshot(tmp_path / "other" / "small")
+
+
+def test_a_renamed_corpus_is_extended_under_its_folder_s_name(small):
+    path = small.directory / "corpus.json"
+    path.write_text(path.read_text().replace('"name": "small"', '"name": "../../escape"'))
+    after, _ = extended(small, MORE, MORE_ITEMS)
+    assert after.metadata["name"] == "small"
+    assert sorted(path.name for path in small.directory.parent.iterdir()) == ["more", "raw", "small"]
+    names = {path.name.partition("-")[0] for path in after.directory.glob("*/*.array_record-*")}
+    assert names == {"small_items", "small_users"}
 
 
 def test_nothing_new_is_no_extension(small, capsys):

@@ -559,6 +559,8 @@ def test_a_history_can_be_empty(shop):
         *({"history_length": 0}, {"max_item_tokens": 1}, {"ranking_candidates": 1}, {"mim_masked_items": 0}),
         *({"mim_mask_rate": 1.5}, {"mlm_noise_density": -0.1}, {"negatives": "unifrom"}, {"item_fields": ("titel",)}),
         *({"evaluation_wording": "new"}, {"training_wordings": 0}, {"mlm_mean_span_length": 0.5}),
+        *({"mixture_temperature": 0}, {"mixture_temperature": float("nan")}, {"mixture_maximum": 0}),
+        {"candidate_seed": -1},
     ],
 )
 def test_options_that_make_no_sense_are_refused(options):

@@ -10,8 +10,9 @@ import seqio
 import tensorflow as tf
 
 import seqio_tasks
+from recalign_jax.corpus.corpus import check_name
 from recalign_jax.errors import InputError
-from seqio_tasks import prompts, samples, specs, task_names, tasks, writing
+from seqio_tasks import ambiguity, prompts, samples, specs, task_names, tasks, writing
 from seqio_tasks.components import components
 from seqio_tasks.writing import Limits
 from tests.corpora import prepared, write_tables
@@ -316,3 +317,49 @@ def test_a_task_by_name(shop_corpus, shop_words, data_dir):
         specs.check_family(make("shop_mim_token"), "retrieval")
     with pytest.raises(InputError, match="'shop_retrieval_aligned' is a mixture"):
         make("shop_retrieval_aligned")
+
+
+def test_no_corpus_can_have_a_name_that_ends_like_a_task():
+    for name in task_names.names_for("shop", rated=True):
+        with pytest.raises(InputError, match="tasks are named CORPUS_TASK"):
+            check_name(name)
+
+
+# Items that no model can tell apart.
+
+
+def test_titles_that_the_vocabulary_cannot_write_are_told_of_once(tmp_path, t5_words, monkeypatch, capsys):
+    """Such titles come out as <unk>, all alike, when T5's vocabulary has none of their characters."""
+    monkeypatch.setattr(ambiguity, "_told", set())
+    titles = ["茶杯", "牙刷", "肥皂", "Soap", "Brush", "Towel", "Comb"]
+    items = [{"item_id": f"i{number}", "title": title} for number, title in enumerate(titles)]
+    rows = [(f"u{user}", item["item_id"], time) for user in range(3) for time, item in enumerate(items)]
+    prepared("tables", write_tables(tmp_path / "raw", rows, items), tmp_path, "abroad")
+    make = functools.partial(specs.task_spec, vocabulary_path=t5_words.path, data_dir=tmp_path)
+    capsys.readouterr()
+    make("abroad_retrieval_token")
+    assert capsys.readouterr().err == ""
+    make("abroad_retrieval")
+    told = capsys.readouterr().err
+    assert f"of 7 items in format title, 3 hold characters that vocabulary {t5_words.path} lacks" in told
+    assert "3 have the tokens of another item" in told
+    assert "abroad_retrieval_token; `recalign vocab --corpus abroad --size N`" in told
+    make("abroad_mim")
+    seqio_tasks.register(str(tmp_path / "abroad"), t5_words.path)
+    components("abroad_retrieval_aligned")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(ambiguity, "_told", set())
+    components("abroad_retrieval_aligned_token")
+    assert capsys.readouterr().err == ""
+    components("abroad_all")
+    assert capsys.readouterr().err.count("warning: abroad: of 7 items") == 1
+
+
+@pytest.mark.parametrize("name", ["beauty_corpus", "movielens_corpus"])
+def test_published_corpora_are_not_warned_of(name, t5_words, request, monkeypatch, capsys):
+    monkeypatch.setattr(ambiguity, "_told", set())
+    spec = specs.make_spec(request.getfixturevalue(name), "retrieval", "title", t5_words, specs.TaskOptions())
+    capsys.readouterr()
+    ambiguity.warn_of_ambiguous_items(spec.corpus, spec.catalog, t5_words)
+    assert capsys.readouterr().err == ""
+    assert spec.catalog.num_collisions > 0

@@ -121,6 +121,17 @@ def test_text_columns_by_name(tmp_path, name):
         read(tmp_path, columns=columns._replace(title="nome"))
 
 
+def test_a_column_that_only_late_rows_of_json_have(tmp_path):
+    put(tmp_path, "interactions.tsv", "user_id\titem_id\ttimestamp\nann\tx\t3\n")
+    rows = [{"item_id": f"i{number}", "name": "Thing"} for number in range(1500)]
+    put(tmp_path, "items.jsonl", "\n".join(map(json.dumps, [*rows, {"item_id": "x", "maker": "Lego"}])))
+    columns = tables.Columns(title="name", brand="maker")
+    _, items, _ = read(tmp_path, columns=columns)
+    assert items[-1].text.brand == "Lego"
+    with pytest.raises(InputError, match=r"no row has a field 'cost' \(found: item_id, name, maker\)"):
+        read(tmp_path, columns=columns._replace(price="cost"))
+
+
 def test_rating_range(tmp_path):
     write_tables(tmp_path, [("a", "x", 1, 7), ("a", "y", 2, 10), ("b", "x", 3, 10.5), ("b", "y", 4, -1)])
     interactions, _, rejected = read(tmp_path, "skip", rating_range=(0, 10))

@@ -1,4 +1,8 @@
-"""`recalign inspect`: the statistics of a corpus, or samples of a task as the model sees them."""
+"""`recalign inspect`: the statistics of a corpus, or samples of a task.
+
+Samples are rendered with the default TaskOptions, whatever gin files a training has, and without limits of length:
+a row of a training can be cut to fewer items.
+"""
 
 import argparse
 import os
@@ -16,7 +20,11 @@ from seqio_tasks import examples, samples, specs, vocabulary
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpus", required=True, metavar="NAME", help="name of a prepared corpus")
-    parser.add_argument("--task", metavar="TASK", help="render samples of this task, as retrieval or NAME_mim_token")
+    parser.add_argument(
+        "--task",
+        metavar="TASK",
+        help="render samples of this task, as retrieval or NAME_mim_token, with default TaskOptions and not cut",
+    )
     parser.add_argument(
         "--vocabulary",
         metavar="PATH",
@@ -29,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints statistics, or with --task samples and their token counts."""
+    """Prints statistics, or with --task samples and their token counts. A negative -n or --seed is an InputError."""
+    for flag, value in (("-n", args.n), ("--seed", args.seed)):
+        if value < 0:
+            raise InputError(f"{flag} must not be negative, but is {value}.")
     if not args.task:
         return {"statistics": _show_statistics(load_corpus(args.corpus, args.data_dir))}
     name = args.task if args.task.startswith(args.corpus + "_") else f"{args.corpus}_{args.task}"

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--extend",
         action="store_true",
         help="add new users, items and interactions to the corpus of this name, whose numbers stay; its own "
-        "--k_core, --tie_break and --seed apply",
+        "--k_core, --tie_break and --seed apply; rows that k-core drops are not kept for the next time",
     )
     for name in tables.Columns._fields:
         parser.add_argument(f"--{name}_column", metavar="NAME", help=f"name of the {name} column (--source tables)")
@@ -91,11 +91,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     counts = (extend if args.extend else prepare.prepare)(folder, directory, options, args.beam_options)
     title = f"Added to corpus {name}" if args.extend else f"Corpus {name}"
     terminal.table(title, ["", "count"], [(key.replace("_", " "), f"{n:,}") for key, n in counts.items()])
-    if not args.extend and 2 * counts["items_without_text"] >= counts["items"] - counts["items_never_met"] > 0:
-        terminal.warn(
-            f"{counts['items_without_text']:,} of {counts['items']:,} items have no text. If they should, see that ids "
-            "are written in the same way in both tables (not 1.0 and 1)."
-        )
+    _advise(counts, args.extend)
     result = {
         **{size: counts[size] for size in SIZES},
         "rejected_rows": counts["interactions_rejected"] + counts["items_rejected"],
@@ -109,6 +105,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     else:
         terminal.say(f"Written to {directory}. Next: recalign inspect --corpus {name}")
     return result
+
+
+def _advise(counts: dict[str, int], extended: bool) -> None:
+    """Tells of counts that are seldom meant."""
+    if extended:
+        if dropped := counts["interactions_dropped_by_k_core"]:
+            terminal.say(
+                f"The k-core of the corpus dropped {dropped:,} interactions, which are not kept. Give them again with "
+                "the next --extend, where their users and items may have enough; what is known already is passed over."
+            )
+        return
+    if 2 * counts["items_without_text"] >= counts["items"] - counts["items_never_met"] > 0:
+        terminal.warn(
+            f"{counts['items_without_text']:,} of {counts['items']:,} items have no text. If they should, see that ids "
+            "are written in the same way in both tables (not 1.0 and 1)."
+        )
+    if 2 * counts["items_never_met"] > counts["items"]:
+        terminal.warn(
+            f"Nobody met {counts['items_never_met']:,} of {counts['items']:,} items. They are in the catalogue all the "
+            "same: retrieval ranks them, negatives are drawn from them, and figures are not those of a corpus without "
+            "them. --k_core 1 leaves them out, and nothing else."
+        )
 
 
 def _check_flags(args: argparse.Namespace, directory: pathlib.Path) -> None:

@@ -16,7 +16,7 @@ from recalign_jax.corpus.corpus import Corpus
 
 NUM_TEST_NEGATIVES = 99  # the usual protocol: 1 + 99
 _SPLITS = ("validation", "test")
-# Draws without a new item before the rest is drawn uniformly from what is left.
+# Draws of a kind, before what is left is looked at as a whole, which takes time for every item of the corpus.
 _MAX_ROUNDS = 8
 
 
@@ -49,8 +49,8 @@ def negatives(
       met: items of the user, any number of times.
       count: fewer are returned where the corpus has no more.
       random: what to draw from.
-      kind: "uniform"; "popularity": in proportion to occurrences in training; "category": of the most specific
-        category of `positive`. Where too few are of the kind, the rest is uniform. InputError if it is another one.
+      kind: "uniform"; "popularity": in proportion to occurrences in training; "category": of the last category of
+        `positive`. Where too few are of the kind, the rest is uniform. InputError if it is another one.
 
     Returns:
       int32 [count].
@@ -58,9 +58,10 @@ def negatives(
     errors.check_choice("NEGATIVES", kind, NEGATIVES)
     taken = {positive, *met.tolist()}
     found: list[int] = []
-    draw = NEGATIVES[kind]
+    # A small category soon has no more to give.
+    rounds = [draw for draw in dict.fromkeys((NEGATIVES[kind], _uniform)) for _ in range(_MAX_ROUNDS)]
     if corpus.num_items - len(taken) > 4 * count:
-        for _ in range(_MAX_ROUNDS):
+        for draw in rounds:
             for item in draw(corpus, positive, 2 * (count - len(found)), random).tolist():
                 if item not in taken and len(found) < count:
                     taken.add(item)
@@ -104,7 +105,7 @@ def _cumulative_popularity(corpus: Corpus) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _categories(corpus: Corpus) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Number of the most specific category of each item, [I], and the items of each; items without one share one."""
+    """Number of the last category of each item, [I], and the items of each; items without one share one."""
     names = [(text.categories or ("",))[-1] for text in map(corpus.item_text, range(corpus.num_items))]
     distinct, category_of = np.unique(names, return_inverse=True)
     order = np.argsort(category_of, kind="stable")

@@ -2,8 +2,8 @@
 
 An item format says how an item is written (`ITEM_FORMATS`, one entry each):
 
-  title   the title, tokenized once. An item without one is written as its brand and its most specific category,
-          or, lacking those, as "item" and its number.
+  title   the title, tokenized once. An item without one is written as its brand and the last of its
+          categories, or, lacking those, as "item" and its number.
   id      the digits of its number, one after the other. Numbers are a seeded random permutation, so they say nothing.
   token   one vocabulary entry of its own.
 
@@ -163,7 +163,8 @@ def _brand(text: ItemText) -> str:
     return "" if text.brand.lower() in _NO_BRAND else text.brand
 
 
-# What may follow an item in a history, by name; the categories of a corpus go from general to specific.
+# What may follow an item in a history, by name. The last category is the most specific one where the source orders
+# them so, as Amazon does; of MovieLens and Yelp it is one of several of the same rank.
 FIELDS: dict[str, Callable[[ItemText], str]] = {
     "title": lambda text: text.title,
     "brand": _brand,

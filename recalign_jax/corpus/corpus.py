@@ -31,9 +31,9 @@ class Corpus:
     """Users are 0 to U - 1 and items 0 to I - 1, numbered at random. Arrays are memory-mapped and read-only.
 
     Attributes:
-      name: also the first part of the names of its tasks.
+      name: that of its folder; also the first part of the names of its tasks.
       directory: where it lies.
-      metadata: `corpus.json`: sources, options, counts.
+      metadata: `corpus.json`: sources, options, counts. Its `name` is the one that it was prepared under.
       fingerprint: equal for two corpora with the same arrays, item ids and item text.
       num_items: I.
       user_offsets: int64 [U + 1]; user u has the interactions `user_offsets[u]:user_offsets[u + 1]`.
@@ -56,7 +56,7 @@ class Corpus:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles as the directory: worker processes map the same files instead of copying the arrays."""
-        return _reopened, (self.directory, self.more_items)
+        return _reopened, (self.directory, self.metadata["fingerprint"], self.more_items)
 
     @property
     def num_users(self) -> int:
@@ -119,6 +119,7 @@ class Corpus:
     @functools.cached_property
     def _item_records(self) -> tuple[list[str], list[ItemText]]:
         ids, texts = datasets.read_items(self.directory)
+        self.check_not_replaced()
         return [*ids, *(item.item_id for item in self.more_items)], [*texts, *(item.text for item in self.more_items)]
 
     @functools.cached_property
@@ -128,7 +129,9 @@ class Corpus:
 
     @functools.cached_property
     def _user_ids(self) -> list[str]:
-        return datasets.read_user_ids(self.directory)
+        user_ids = datasets.read_user_ids(self.directory)
+        self.check_not_replaced()
+        return user_ids
 
     def item_text(self, item: int) -> ItemText:
         """Returns the text of an item. The first call reads the text of all items."""
@@ -142,6 +145,11 @@ class Corpus:
         """Returns the id that the source has for a user. The first call reads the ids of all users."""
         return self._user_ids[user]
 
+    def check_not_replaced(self) -> None:
+        """Raises InputError if another corpus lies in the directory now: what is read of it has other numbers."""
+        if storage.read_metadata(self.directory)["fingerprint"] != self.metadata["fingerprint"]:
+            raise _replaced(self.directory)
+
 
 def load_corpus(name: str, data_dir: str | os.PathLike[str] | None = None) -> Corpus:
     """Opens the corpus DATA_DIR/NAME. Raises InputError if it isn't there or cannot be read.
@@ -153,6 +161,8 @@ def load_corpus(name: str, data_dir: str | os.PathLike[str] | None = None) -> Co
     root = data_dir_or_default(data_dir)
     known = corpora(root)
     if name not in known:
+        if (root / name / "corpus.json").is_file():
+            check_name(name)
         raise errors.InputError(
             f"No corpus {name!r} in {root}. Prepared there: {', '.join(known) or 'none'}."
             f"{errors.did_you_mean(name, known)} Build one with `recalign prepare`."
@@ -161,11 +171,16 @@ def load_corpus(name: str, data_dir: str | os.PathLike[str] | None = None) -> Co
 
 
 def read_corpus(directory: str | os.PathLike[str]) -> Corpus:
-    """Opens the corpus that lies in a directory. Raises InputError if it cannot be read."""
+    """Opens the corpus that lies in a directory, under the name of that directory: a copy of a corpus is another one.
+
+    Raises:
+      InputError: it cannot be read, was replaced meanwhile, or the name of the directory can't be that of a corpus.
+    """
     directory = pathlib.Path(directory)
+    name = check_name(pathlib.Path(os.path.abspath(directory)).name)  # of a link, its own name
     metadata = storage.read_metadata(directory)
     corpus = Corpus(
-        name=metadata["name"],
+        name=name,
         directory=directory,
         metadata=metadata,
         fingerprint=metadata["fingerprint"],
@@ -175,6 +190,7 @@ def read_corpus(directory: str | os.PathLike[str]) -> Corpus:
         timestamps=storage.read_array(directory, "timestamps"),
         ratings=storage.read_array(directory, "ratings") if is_rated(directory) else None,
     )
+    corpus.check_not_replaced()
     lengths = {len(array) for array in (corpus.items, corpus.timestamps, corpus.ratings) if array is not None}
     if lengths != {int(corpus.user_offsets[-1])}:
         raise errors.InputError(f"The arrays of {directory} do not belong together. Prepare the corpus again.")
@@ -198,8 +214,15 @@ def with_items(corpus: Corpus, items: Sequence[Item]) -> Corpus:
     )
 
 
-def _reopened(directory: pathlib.Path, more_items: tuple[Item, ...]) -> Corpus:
-    return with_items(read_corpus(directory), more_items)
+def _reopened(directory: pathlib.Path, fingerprint: str, more_items: tuple[Item, ...]) -> Corpus:
+    corpus = read_corpus(directory)
+    if corpus.fingerprint != fingerprint:
+        raise _replaced(directory)
+    return with_items(corpus, more_items)
+
+
+def _replaced(directory: pathlib.Path) -> errors.InputError:
+    return errors.InputError(f"{directory} was replaced while in use. Start the command again.")
 
 
 def is_rated(directory: pathlib.Path) -> bool:
@@ -208,22 +231,28 @@ def is_rated(directory: pathlib.Path) -> bool:
 
 
 def corpora(data_dir: pathlib.Path) -> list[str]:
-    """Returns the names of the corpora in a data directory, sorted."""
-    return sorted(path.parent.name for path in data_dir.glob("[a-z0-9_]*/corpus.json"))
+    """Returns the names of the corpora in a data directory, sorted. A copy beside them, as `beauty.old`, is none."""
+    names = (path.parent.name for path in data_dir.glob("[a-z0-9_]*/corpus.json"))
+    return sorted(name for name in names if not _objection(name))
 
 
 def check_name(name: str) -> str:
     """Returns the name of a corpus, or raises InputError if it cannot be one."""
+    if objection := _objection(name):
+        raise errors.InputError(f"{name!r} cannot be a corpus: {objection}.")
+    return name
+
+
+def _objection(name: str) -> str:
+    """Why this cannot be the name of a corpus; an empty text if it can."""
     if not re.fullmatch(r"[a-z0-9_]+", name):
-        raise errors.InputError(f"{name!r} cannot be a corpus: use small letters, digits and underscores.")
+        return "use small letters, digits and underscores"
     if name in _OTHER_FOLDERS:
-        raise errors.InputError(f"{name!r} cannot be a corpus: the data directory keeps {name} there.")
+        return f"the data directory keeps {name} there"
     for suffix in _RESERVED_SUFFIXES:
         if name.endswith(suffix):
-            raise errors.InputError(
-                f"{name!r} cannot be a corpus: tasks are named CORPUS_TASK, so no corpus may end in {suffix!r}."
-            )
-    return name
+            return f"tasks are named CORPUS_TASK, so no corpus may end in {suffix!r}"
+    return ""
 
 
 def data_dir_or_default(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:

@@ -3,7 +3,8 @@
 Nothing in the corpus moves. Users and items keep their numbers, an item keeps its text (unless it had none), every
 interaction stays, and of the same time it stays before a new one. New users and items get the next numbers, in a
 seeded random order among themselves. The corpus' own k-core, tie rule and seed apply: a new user or item enters if
-it is in the k-core of old and new interactions together.
+it is in the k-core of old and new interactions together. What k-core drops is not kept: it doesn't count in the next
+extension, unless that one has it too.
 """
 
 import dataclasses
@@ -66,7 +67,12 @@ def extend(
             return counts
         total = {name: corpus.metadata["counts"].get(name, 0) + n for name, n in assembled.counts.items()}
         extension = {**provenance, "counts": counts, "before": {"fingerprint": corpus.fingerprint, **sizes}}
-        metadata = {**corpus.metadata, "counts": total | state, "extensions": [*earlier, extension]}
+        metadata = {
+            **corpus.metadata,
+            "name": corpus.name,
+            "counts": total | state,
+            "extensions": [*earlier, extension],
+        }
         with files.atomic_directory(directory) as aside:
             _append([directory / "rejected.jsonl", scratch / "rejected.jsonl"], aside / "rejected.jsonl")
             storage.write(aside, metadata, assembled.sequences, assembled.texts)
@@ -81,6 +87,7 @@ def is_nothing(counts: dict[str, int]) -> bool:
 def _read(corpus: Corpus) -> tuple[Sequences, list[ItemText]]:
     item_ids, texts = datasets.read_items(corpus.directory)
     user_ids = datasets.read_user_ids(corpus.directory)
+    corpus.check_not_replaced()
     sequences = Sequences(corpus.user_offsets, corpus.items, corpus.timestamps, corpus.ratings, user_ids, item_ids)
     return sequences, texts
 

@@ -6,7 +6,6 @@ between them), brand, price, and any other column of text, which is kept under i
 """
 
 import functools
-import itertools
 import pathlib
 from typing import NamedTuple
 
@@ -14,8 +13,6 @@ from recalign_jax import errors
 from recalign_jax.corpus import records
 from recalign_jax.corpus.records import Interaction, Item, ItemText, RowError, Source, Table
 from recalign_jax.corpus.sources import folders, reading
-
-_ROWS_TO_FIND_A_COLUMN = 1000
 
 
 class Columns(NamedTuple):
@@ -101,9 +98,16 @@ def items_table(path: pathlib.Path, columns: Columns = DEFAULT_COLUMNS) -> Table
 
 
 def _check_some_row_has(path: pathlib.Path, columns: Columns, named: list[str]) -> None:
-    """Lines of JSON have no header, and may leave out what they don't know; but some row must have the column."""
+    """Lines of JSON have no header, and may leave out what they don't know; but some row must have the column.
+
+    Reads on until every column was seen: as a rule in the first rows.
+    """
     rows = reading.parse_table(reading.open_table(path, [columns.item], dict, watched=False), lambda *rejected: None)
-    found = list(dict.fromkeys(name for _, row in itertools.islice(rows, _ROWS_TO_FIND_A_COLUMN) for name in row))
+    found: dict[str, None] = {}  # in the order in which they are met
+    for _, row in rows:
+        found |= dict.fromkeys(row)
+        if found.keys() >= set(named):
+            return
     for name in named:
         if found and name not in found:
             hint = errors.did_you_mean(name, found)
