@@ -87,10 +87,10 @@ def _run(name: str, arguments: list[str]) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import absl.logging
 
-    from recalign_jax import distributed, hardware, terminal
+    from recalign_jax import distributed, host, terminal
 
-    if not hardware.has_tpu():
-        hardware.tell_libtpu_of_no_tpu()
+    if not host.has_tpu():
+        host.tell_libtpu_of_no_tpu()
     # SeqIO and Orbax tell of every step they take; an error is told of once, by us.
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)

@@ -5,9 +5,6 @@ NVIDIA, the data sheets of A100, H100 and H200 (half of the FLOP/s that they giv
 what its compiler hands out, from libtpu 0.0.42's answers; of a GPU, that of the data sheet.
 """
 
-import ctypes
-import glob
-import os
 import re
 from typing import NamedTuple
 
@@ -55,37 +52,3 @@ def peak_flops(device_kind: str) -> float | None:
     """bfloat16 FLOP/s of one device at most; None when the device isn't known."""
     found = chip(device_kind)
     return found and found.peak_flops
-
-
-def tell_libtpu_of_no_tpu() -> None:
-    """Keeps libtpu, the compiler of `recalign plan`, from looking for a TPU and complaining that there is none.
-
-    It then asks no metadata server, and shares the library with other processes.
-    """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-
-
-# Names of glibc's mallopt (malloc.h), and the largest number that it takes.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_MOST = 2**31 - 1
-
-
-def keep_freed_memory() -> None:
-    """Makes the C library keep what is freed for whoever asks next, in place of giving it back to the system.
-
-    For programs on a CPU that do the same again and again, as train steps do: XLA asks for a step's temporaries anew
-    every time, and pages that come from the system are zeroed first. Memory stays at its highest. Only glibc does as it
-    is told; elsewhere nothing changes.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, _MOST)
-
-
-def has_tpu() -> bool:
-    """Whether the operating system has a device file of a TPU."""
-    return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))

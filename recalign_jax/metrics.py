@@ -126,12 +126,11 @@ def _top(items: jax.Array, k: int) -> jax.Array:
 
 
 class Estimate(NamedTuple):
-    """A mean over `count` users, and the interval around it."""
+    """A mean over users, and the interval around it."""
 
     value: float
     low: float
     high: float
-    count: int  # type: ignore[assignment]  # hides tuple.count
 
 
 def estimates(
@@ -169,7 +168,7 @@ def estimates(
         if name == "mse":
             name, mean, draws = "rmse", np.sqrt(mean), np.sqrt(np.maximum(draws, 0))
         low, high = np.quantile(draws, [tail, 1 - tail])
-        result[name] = Estimate(float(mean), float(low), float(high), count)
+        result[name] = Estimate(float(mean), float(low), float(high))
     return result
 
 

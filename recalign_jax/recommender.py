@@ -144,7 +144,7 @@ def make_scorer(
 ) -> Callable[[Any], ScoreCandidates]:
     """Returns parameters -> scorer for a ranking task: log-likelihoods of the candidates after a prompt with them.
 
-    It is a search that may return the candidates alone, with a beam for each, so that none is missed. All are scored,
+    It is a search restricted to the candidates, with a beam for each, so that none is missed. All are scored,
     also those that a prompt of `max_input_tokens` leaves out. `num_beams` and `top_k` don't count. There is a program
     for every number of candidates that it is called with, padding counted.
     """

@@ -313,6 +313,44 @@ def test_users_do_not_depend_on_each_other():
         np.testing.assert_allclose(alone_scores[0], scores[user], atol=1e-5)
 
 
+@pytest.mark.parametrize("scored", SCORES)
+def test_nan_of_one_user_is_told_and_changes_no_other(scored):
+    """Also of a user who may get nothing; one of a finite model who may get nothing is no error."""
+    rng = np.random.default_rng(6)
+    trie = build([rng.integers(2, VOCAB, rng.integers(1, 7)).tolist() for _ in range(60)])
+    allowed = np.tile(np.arange(60, dtype=np.int32), (BATCH, 1))
+    allowed[[1, 2]] = -1
+    options = {"num_beams": 4, "top_k": 3, "scores": scored, "allowed_items": allowed}
+    model = toy_model(6)
+    items, scores = search(model, trie, **options)
+    assert not np.isnan(scores).any()
+    assert (items[[1, 2]] == -1).all()
+    broken = {**model, "user": model["user"].copy()}
+    broken["user"][[0, 2], 0, 3] = np.nan
+    found_items, found_scores = search(broken, trie, **options)
+    assert np.isnan(found_scores[[0, 2]]).all()
+    assert (found_items[[0, 2]] == -1).all()
+    np.testing.assert_array_equal(found_items[[1, 3, 4, 5]], items[[1, 3, 4, 5]])
+    np.testing.assert_array_equal(found_scores[[1, 3, 4, 5]], scores[[1, 3, 4, 5]])
+
+
+@pytest.mark.parametrize("sign", [1, -1])  # an accelerator's NaN, and that of x86
+@pytest.mark.parametrize(
+    ("scored", "sequences"),
+    [
+        ("vocabulary", [[2, 3, 4, 5], [2, 3, 4, 6], [7]]),
+        ("vocabulary", [[2, 3, 4, 5], [7]]),  # one sequence alone is followed
+        ("trie", [[2, 3, 4, 5], [2, 3, 4, 6], [7]]),
+    ],
+)
+def test_nan_that_comes_late_in_the_search_is_told(scored, sequences, sign):
+    model = toy_model(7)
+    model["position"][3] = np.copysign(np.nan, sign)
+    items, scores = search(model, build(sequences), num_beams=4, top_k=4, scores=scored)
+    assert np.isnan(scores).all()
+    assert (items == -1).all()
+
+
 @pytest.mark.devices8
 @pytest.mark.parametrize("scored", SCORES)
 def test_users_on_eight_devices(scored):

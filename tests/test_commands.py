@@ -9,7 +9,7 @@ import pytest
 
 from recalign_jax import cli, gin_config
 from recalign_jax.checkpoint import saved, stacking
-from recalign_jax.commands import eval, train  # noqa: F401 (train: what its gin files configure)
+from recalign_jax.commands import eval, train
 from tests.corpora import prepare_shop
 
 USERS, ITEMS, LENGTH = 60, 40, 8
@@ -93,6 +93,27 @@ def eval_arguments(trained: pathlib.Path, shop: Shop) -> tuple[str, ...]:
         *(*TINY, "--gin_file", "gin_configs/runs/eval.gin", shop.vocabulary),
         *("--gin.TASK_NAME=shop_retrieval_token", f"--gin.CHECKPOINT_PATH={trained}"),
     )
+
+
+# What a run may change when it is resumed.
+
+
+@pytest.mark.parametrize(
+    ("bindings", "follows"),
+    [
+        ([], False),
+        ([("SCHEDULE", "inverse_sqrt")], False),
+        ([("SCHEDULE", "linear_warmup_cosine")], True),
+        ([("make_schedule.kind", "linear_warmup_cosine")], True),
+        ([("SCHEDULE", "linear_warmup_cosine"), ("make_schedule.kind", "constant")], False),
+    ],
+)
+def test_the_length_of_a_run_counts_where_its_learning_rate_follows_it(bindings, follows):
+    gin_config.parse(["gin_configs/runs/finetune.gin"], [*bindings, ("InputOptions.workers", "2")])
+    identity = train.run_identity([])
+    assert ("TRAIN_STEPS" in identity) == follows
+    assert "BATCH_SIZE" in identity
+    assert "InputOptions.workers" not in identity
 
 
 # What the commands give.

@@ -21,7 +21,7 @@ from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
 from recalign_jax.recommender import DecodingOptions
 from recalign_jax.training.steering import best_evaluation, write_best
-from seqio_tasks import samples, specs, writing
+from seqio_tasks import examples, samples, specs, writing
 from seqio_tasks.specs import TaskOptions
 from seqio_tasks.writing import Limits
 from tests.corpora import call, prepared, write_tables
@@ -231,6 +231,34 @@ def test_rating_errors(shop_corpus):
         assert values[f"mae{ending}"] == pytest.approx(np.abs(errors).mean(), abs=1e-6)
         low, high = values["intervals"][f"rmse{ending}"]
         assert low < values[f"rmse{ending}"] < high
+
+
+def test_a_sample_of_random_ratings_is_of_users_everywhere(shop_corpus):
+    """The part is in the order of users: its first ratings would be those of a few users."""
+    whole = rating.evaluation_queries(shop_corpus, "test", "rating_random", ALL)
+    assert len(whole) == shop_corpus.num_interactions // 10
+    assert [query.user for query in whole] == sorted(query.user for query in whole)
+    count = len(whole) // 3
+    some = rating.evaluation_queries(shop_corpus, "test", "rating_random", EvaluationOptions(max_users=count))
+    asked = [(query.user, query.target) for query in some]
+    assert len(set(asked)) == count
+    assert set(asked) <= {(query.user, query.target) for query in whole}
+    assert some[-1].user > whole[2 * count].user
+    again = rating.evaluation_queries(shop_corpus, "test", "rating_random", EvaluationOptions(max_users=count))
+    assert [(query.user, query.target) for query in again] == asked
+
+
+@pytest.mark.parametrize("family", ["rating", "rating_random"])
+def test_popularity_of_a_target_is_that_of_its_own_training_part(shop_corpus, family):
+    queries = rating.evaluation_queries(shop_corpus, "test", family, ALL)
+
+    def predict(asked):
+        return [(np.arange(len(asked)), np.ones(len(asked), np.float32), np.ones(len(asked), np.float32))]
+
+    facts = rating.evaluate(shop_corpus, predict, queries, family).facts
+    train = examples.random_part(shop_corpus, "train") if family == "rating_random" else shop_corpus.in_training
+    expected = [int((shop_corpus.items[train] == query.target).sum()) for query in queries]
+    assert facts["target_popularity"].tolist() == expected
 
 
 @pytest.mark.parametrize("answers", [[0, 1, 1], [0, 2], []])

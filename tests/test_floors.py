@@ -17,7 +17,7 @@ ROOMS = (
         *("recalign_jax.errors", "recalign_jax.files", "recalign_jax.terminal", "recalign_jax.gin_config"),
         *("recalign_jax.partitioning", "recalign_jax.distributed", "recalign_jax.roll_call", "recalign_jax.__init__"),
     },
-    {"recalign_jax.corpus", "recalign_jax.model", "recalign_jax.metrics", "recalign_jax.hardware"},
+    {"recalign_jax.corpus", "recalign_jax.model", "recalign_jax.metrics", "recalign_jax.hardware", "recalign_jax.host"},
     {"seqio_tasks", "recalign_jax.decoding", "recalign_jax.checkpoint"},
     {"recalign_jax.evaluation", "recalign_jax.inference", "recalign_jax.recommender"},
     {"recalign_jax.training"},

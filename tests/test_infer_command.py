@@ -8,11 +8,15 @@ import pathlib
 import re
 import sys
 
+import jax
 import numpy as np
 import pytest
 from pyarrow import parquet
 
 from recalign_jax import cli
+from recalign_jax.commands import common
+from recalign_jax.commands import eval as eval_module
+from recalign_jax.commands import infer as infer_module
 from tests.corpora import prepare_shop
 
 USERS, ITEMS, LENGTH = 40, 30, 6
@@ -65,7 +69,7 @@ def folder(tmp_path_factory, histories):
 def infer(folder, tmp_path, capsys):
     """Runs `recalign infer`; returns its object and its rows by user, or with status 2 the message."""
 
-    def call(*arguments, task="shop_retrieval", status=0):
+    def call(*arguments, task="shop_retrieval", status=0, rows=True):
         output = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
         flags = [*TINY, "--gin_file", "gin_configs/runs/infer.gin", f"--gin.TASK_NAME={task}"]
         flags += [f"--gin.VOCABULARY={folder / 'words.model'}", f"--gin.CHECKPOINT_PATH={folder / 'model'}"]
@@ -76,6 +80,8 @@ def infer(folder, tmp_path, capsys):
         if status:
             return told.err
         result = json.loads(told.out.splitlines()[-1])
+        if not rows:
+            return result, {}
         path = pathlib.Path(result["output"])
         if path.suffix == ".parquet":
             rows = parquet.read_table(path).to_pylist()
@@ -177,6 +183,37 @@ def test_candidates_are_ranked_and_rated_as_eval_does(infer, folder, histories, 
         assert answer["scores"] == sorted(answer["scores"], reverse=True)
         ratings = dict(zip(answer["items"], answer["ratings"], strict=True))
         assert ratings[row["candidates"][0]] == pytest.approx(wanted[row["user"]]["expected"], abs=2e-5)
+
+
+def test_a_job_goes_on_with_smaller_batches_but_with_nothing_else(infer, folder, tmp_path):
+    output = f"--gin.OUTPUT_DIR={tmp_path / 'nightly'}"
+    first = ("--gin.CHUNK_ROWS=8", "--gin.NUM_SHARDS=2", output)
+    told, _ = infer(*first, rows=False)
+    assert told["output"] is None  # the other shard's chunks are to be done
+    error = infer(*first, "--gin.NUM_BEAMS=12", "--gin.T5Config.activation_dtype='bfloat16'", status=2)
+    assert "decoding.num_beams: 20 then, 12 now; model.activation_dtype: float32 then, bfloat16 now." in error
+    told, rows = infer(*first, "--gin.SHARD=1", "--gin.BATCH_SIZE=8", "--gin.T5Config.dropout_rate=0.5")
+    assert len(rows) == told["users"] == USERS
+    job = json.loads((tmp_path / "nightly" / "job.json").read_text())["job"]
+    assert job["model"]["emb_dim"] == 64
+    assert not {"batch_size", "dropout_rate", "remat"} & {*job["model"], *job["decoding"]}
+
+
+@pytest.mark.parametrize("command", ["infer", "eval"])
+def test_a_model_that_diverged_is_an_error(folder, tmp_path, capsys, monkeypatch, command):
+    module = {"infer": infer_module, "eval": eval_module}[command]
+
+    def load_model(*args):
+        model = common.load_model(*args)
+        return model._replace(params=jax.tree.map(lambda leaf: leaf * np.nan, model.params))
+
+    monkeypatch.setattr(module, "load_model", load_model)
+    flags = [*TINY, "--gin_file", f"gin_configs/runs/{command}.gin", "--gin.TASK_NAME=shop_retrieval"]
+    flags += [f"--gin.VOCABULARY={folder / 'words.model'}", f"--gin.CHECKPOINT_PATH={folder / 'model'}"]
+    flags += [f"--gin.OUTPUT_DIR={tmp_path / 'out'}", "--gin.SCORES=trie", "--gin.MAX_INPUT_TOKENS=256"]
+    assert cli.main([command, "--data_dir", str(folder), *flags]) == 1
+    assert "scores that are no numbers (NaN): it diverged" in capsys.readouterr().err
+    assert not [*(tmp_path / "out").glob("*.json*"), *(tmp_path / "out").glob("*.parquet")]
 
 
 @pytest.mark.parametrize(

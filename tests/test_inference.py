@@ -517,7 +517,7 @@ def test_another_job_is_not_mixed_in(shop_corpus, table, tmp_path):
 
     with pytest.raises(Killed):
         run_job(shop_corpus, table, folder, answer=dies)
-    with pytest.raises(InputError, match=r"another job that is unfinished; they differ in chunk_rows\."):
+    with pytest.raises(InputError, match=r"another job that is unfinished: chunk_rows: 4 then, 5 now\. Finish that"):
         run_job(shop_corpus, table, folder, size=5)
     run_job(shop_corpus, table, folder)
     first = contents(folder)
@@ -528,6 +528,26 @@ def test_another_job_is_not_mixed_in(shop_corpus, table, tmp_path):
     assert first.items() <= contents(folder).items()
     run_job(shop_corpus, table, folder, "parquet")
     assert set(contents(folder)) == {"recommendations.parquet", "rejected.jsonl", "job.json"}
+
+
+def test_what_differs_from_an_unfinished_job_is_named_with_both_values(tmp_path):
+    before = {"decoding": {"num_beams": 20, "batch_size": 64, "top_k": 10}, "permitted": None, "input": "a" * 64 + " 5"}
+    chunks.start(tmp_path, before)
+    now = {
+        "decoding": {"num_beams": 50, "top_k": 10},
+        "permitted": "b",
+        "input": "a" * 64 + " 6",
+        "model": {"emb_dim": 8},
+    }
+    with pytest.raises(InputError) as raised:
+        chunks.start(tmp_path, now)
+    assert str(raised.value).split(": ", 1)[1].split(". Finish")[0].split("; ") == [
+        "decoding.batch_size: not known now",  # as a version before wrote it
+        "decoding.num_beams: 20 then, 50 now",
+        f"input: {'a' * 12}... 5 then, {'a' * 12}... 6 now",
+        "model: not known then",
+        "permitted: None then, b now",
+    ]
 
 
 def test_a_finished_job_leaves_another_one_alone_that_is_not(shop_corpus, table, tmp_path):

@@ -9,9 +9,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from recalign_jax import gin_config
 from recalign_jax.errors import InputError
 from recalign_jax.training.adafactor import Factored
-from recalign_jax.training.optimizer import decayed, make_optimizer, make_schedule, state_specs
+from recalign_jax.training.optimizer import decayed, handed_schedule, make_optimizer, make_schedule, state_specs
 
 PEAK, WARMUP, TOTAL = 0.01, 10, 50
 
@@ -51,6 +52,23 @@ def test_schedule_says_what_is_wrong():
         make_schedule("linear_warmup_linear_decay", warmup_steps=10, total_steps=10)
     with pytest.raises(InputError, match="warmup_steps is -1"):
         make_schedule(warmup_steps=-1)
+
+
+@pytest.mark.parametrize(
+    ("bindings", "rates"),
+    [
+        ([], [0.001, 0.001]),
+        ([("SCHEDULE", "linear_warmup_cosine"), ("WARMUP_STEPS", "4"), ("LEARNING_RATE", "0.4")], [0.0, 0.1]),
+        ([("make_optimizer.schedule", "0.5")], [0.5, 0.5]),
+    ],
+)
+def test_what_is_logged_is_the_rate_of_the_optimizer(bindings, rates):
+    from recalign_jax.commands import train  # noqa: F401 (what its gin file configures)
+
+    gin_config.parse(["gin_configs/runs/finetune.gin"], bindings)
+    assert [float(handed_schedule()(step)) for step in (0, 1)] == pytest.approx(rates)
+    gin.clear_config()
+    assert handed_schedule() is None
 
 
 def test_unknown_optimizer():

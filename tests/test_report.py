@@ -234,6 +234,24 @@ def test_runs_of_other_settings_are_no_seeds(shop, tmp_path):
     assert sorted(comparisons.labels(trained, evaluations, lambda one: "shop").values()) == ["0", "1"]
 
 
+def test_two_evaluations_of_one_run_that_lie_elsewhere_are_no_seeds(shop, tmp_path):
+    run = shutil.copytree(shop / "runs" / "tiny" / "0", tmp_path / "tiny")
+    for name, step in (("early", 3), ("late", 6), ("tiny/late", 6)):  # one lies in the run's folder
+        folder = shutil.copytree(run / "evaluation", tmp_path / name)
+        told = json.loads((folder / "metrics.json").read_text())
+        (folder / "metrics.json").write_text(json.dumps(told | {"step": step, "model_dir": str(run)}))
+    shutil.rmtree(run / "evaluation")
+    trained, evaluations = runs.find([str(tmp_path)])
+    found = comparisons.labels(trained, evaluations, lambda one: "shop")
+    [comparison] = comparisons.compare(evaluations, found, lambda one: "shop", {})
+    assert sorted((row.label, row.detail) for row in comparison.rows) == [
+        ("tiny", "early, step 3"),
+        ("tiny", "late, step 6"),
+        ("tiny", "late, step 6"),
+    ]
+    assert all(row.cells["ndcg@10"].deviation is None for row in comparison.rows)
+
+
 def test_runs_and_the_best_of_them(shop, made):
     shown = table(made[1]["summary"], "Runs")
     assert {"tiny tiny/0", "tiny tiny/1", "sasrec sasrec/model", "popularity"} == set(shown)

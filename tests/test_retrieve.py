@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from flax import nnx
 
 from recalign_jax import partitioning, recommender
-from recalign_jax.errors import InputError
+from recalign_jax.commands import common
+from recalign_jax.errors import InputError, RunError
 from recalign_jax.evaluation import retrieval
 from recalign_jax.evaluation.results import EvaluationOptions
 from recalign_jax.model import t5
@@ -78,6 +80,23 @@ def test_ranking_equals_exhaustive_likelihood(spec, model):
     assert sorted(seen) == list(range(len(queries)))
 
 
+@pytest.mark.parametrize("scores", ["vocabulary", "trie"])
+def test_a_model_of_nan_is_an_error_and_a_user_who_may_get_nothing_is_none(spec, model, scores):
+    graphdef, params = model
+    sharding = partitioning.batch_sharding(partitioning.make_mesh({"data": -1}))
+    options = DecodingOptions(num_beams=10, batch_size=BATCH, scores=scores)
+    make = make_recommender(spec, graphdef, options, sharding)
+    queries = retrieval.evaluation_queries(spec.corpus, "test", EvaluationOptions())[:3]
+    everything = [np.arange(spec.corpus.num_items)] * 3
+    for _, items, found in make(params)(queries, everything):
+        assert (items == -1).all()
+        assert (found == -np.inf).all()
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
+    nothing = [np.zeros(0, np.int32)] * 3
+    with pytest.raises(RunError, match=r"gave 3 of 3 prompts scores that are no numbers \(NaN\): it diverged"):
+        list(make(broken)(queries, nothing))
+
+
 def test_a_saved_catalogue_is_used_if_it_is_that_of_the_task(spec, tmp_path, monkeypatch):
     built = recommender.item_trie(spec)
     recommender.save_trie(spec, str(tmp_path))
@@ -109,3 +128,12 @@ def test_a_saved_catalogue_is_used_if_it_is_that_of_the_task(spec, tmp_path, mon
 def test_options_that_cannot_be(changed, message):
     with pytest.raises(InputError, match=message):
         DecodingOptions(**changed)
+
+
+def test_lists_that_are_too_short_for_the_metrics_are_refused(spec, model):
+    with gin.unlock_config():
+        gin.bind_parameter("DecodingOptions.top_k", 5)
+    mesh = partitioning.make_mesh({"data": -1})
+    with pytest.raises(InputError, match=r"DecodingOptions\.top_k is 5: the metrics of retrieval .* at least 10\."):
+        common.make_evaluation(spec, "test", model[0], mesh)
+    gin.clear_config()

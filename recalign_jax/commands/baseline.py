@@ -113,13 +113,14 @@ def _trained(args: argparse.Namespace, method: Method, corpus: Corpus, family: s
             aside.write_text(gin.operative_config_str(), encoding="utf-8")
         seconds = round(training_seconds(model_dir), 1)
         told = {"seed": args.seed, "best": saved.read_best(model_dir), "training_seconds": seconds}
-    return answers, told | ({"model_dir": args.model_dir} if args.model_dir else {})
+    # As `recalign eval` tells it: the evaluation is read in other folders.
+    return answers, told | ({"model_dir": str(pathlib.Path(args.model_dir).absolute())} if args.model_dir else {})
 
 
 def evaluate(corpus: Corpus, family: str, answers: Any, split: str, options: EvaluationOptions) -> Result:
     """Evaluates a baseline, Scores or PredictRatings, as the family asks."""
     if family in task_names.RATED_FAMILIES:
-        return rating.evaluate(corpus, answers, rating.evaluation_queries(corpus, split, family, options))
+        return rating.evaluate(corpus, answers, rating.evaluation_queries(corpus, split, family, options), family)
     queries = retrieval.evaluation_queries(corpus, split, options)
     if family == "retrieval":
         return retrieval.evaluate(corpus, scores.recommender(answers, corpus.num_items), queries, options)

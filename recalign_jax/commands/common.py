@@ -35,6 +35,7 @@ PROMPT_SETTINGS = ("HISTORY_LENGTH", "MAX_ITEM_TOKENS", "ITEM_FIELDS", "NEIGHBOU
 class Model(NamedTuple):
     """A trained model, and the MODEL_DIR it comes from."""
 
+    config: T5Config
     graphdef: nnx.GraphDef
     params: Any
     step: int
@@ -54,7 +55,7 @@ def model_config(num_tokens: int) -> T5Config:
     return dataclasses.replace(gin.get_configurable(T5Config)(), vocab_size=rows, num_tokens=num_tokens)
 
 
-def fingerprints(specs: list[TaskSpec]) -> dict[str, str]:
+def task_fingerprints(specs: list[TaskSpec]) -> dict[str, str]:
     """What the weights depend on: `vocabulary`, and corpus and catalogue of every corpus in the mixture."""
     found = {}
     for spec in specs:
@@ -83,7 +84,7 @@ def load_model(spec: TaskSpec, checkpoint_path: str, mesh_shape: dict[str, int] 
     _check_trained_for(spec, checkpoint_path)
     shapes = partitioning.with_shardings(t5.abstract_params(config), mesh)
     params, step = load_trained(checkpoint_path, config, shapes)
-    return Model(t5.graph(config), params, step, mesh, saved.model_dir_of(checkpoint_path))
+    return Model(config, t5.graph(config), params, step, mesh, saved.model_dir_of(checkpoint_path))
 
 
 def make_evaluation(
@@ -99,17 +100,23 @@ def make_evaluation(
       model_dir: where a saved trie may be.
 
     Raises:
-      InputError: when the split is none of validation and test, or holds nothing.
+      InputError: when the split is none of validation and test, or holds nothing, or lists of TOP_K items are too short
+        for retrieval's metrics.
     """
     corpus, options, decoding = spec.corpus, EvaluationOptions(), DecodingOptions()
     sharding = partitioning.batch_sharding(mesh)
     if spec.family in task_names.RATED_FAMILIES:
         predictor = recommender.make_rater(spec, graphdef, decoding, sharding)
         rated = rating.evaluation_queries(corpus, split, spec.family, options)
-        return lambda params: rating.evaluate(corpus, predictor(params), rated)
+        return lambda params: rating.evaluate(corpus, predictor(params), rated, spec.family)
 
     queries = retrieval.evaluation_queries(corpus, split, options)
     if spec.family == "retrieval":
+        if decoding.top_k < max(retrieval.KS):
+            raise InputError(
+                f"DecodingOptions.top_k is {decoding.top_k}: the metrics of retrieval are of lists of "
+                f"{max(retrieval.KS)} items. Leave it out, or give at least {max(retrieval.KS)}."
+            )
         recommend = recommender.make_recommender(spec, graphdef, decoding, sharding, model_dir)
         return lambda params: retrieval.evaluate(corpus, recommend(params), queries, options)
 

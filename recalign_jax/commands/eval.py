@@ -14,7 +14,7 @@ from recalign_jax.corpus.corpus import load_corpus
 from recalign_jax.errors import InputError
 from recalign_jax.evaluation import report, results
 from recalign_jax.evaluation.results import Result
-from seqio_tasks import specs, task_names
+from seqio_tasks import ambiguity, specs, task_names
 from seqio_tasks import vocabulary as vocabularies
 from seqio_tasks.specs import TaskOptions, TaskSpec
 
@@ -149,4 +149,6 @@ def evaluated(name: str, vocabulary_path: str, data_dir: str | None) -> list[Tas
         raise InputError(f"TASK_NAME {name} recommends nothing that could be evaluated. Give one of {names}, or a "
                          f"mixture, as {parts.of(corpus.name, 'all')}.")  # fmt: skip
     words, options = vocabularies.load(vocabulary_path), TaskOptions()
-    return [specs.make_spec(corpus, family, parts.item_format, words, options) for family in families]
+    found = [specs.make_spec(corpus, family, parts.item_format, words, options) for family in families]
+    ambiguity.warn_of_ambiguous_items(corpus, found[0].catalog, words)
+    return found

@@ -186,9 +186,10 @@ def load(data_dir: str | None, options: InferOptions) -> Answering:
         "vocabulary": spec.vocabulary.fingerprint,
         "step": model.step,
         "parameters": _hash(json.dumps(fingerprints(model.params), sort_keys=True).encode()),
+        "model": _what_counts(dataclasses.asdict(model.config) | {"activation_dtype": str(model.config.dtype)}),
         "permitted": permitted if permitted is None else _hash(permitted.tobytes()),
         "tasks": dataclasses.asdict(spec.options),
-        "decoding": dataclasses.asdict(decoding),
+        "decoding": _what_counts(dataclasses.asdict(decoding)),
         "on_unknown_item": options.on_unknown_item,
         "filter_history": options.filter_history,
         "ratings": options.ratings,
@@ -204,6 +205,11 @@ def load(data_dir: str | None, options: InferOptions) -> Answering:
         return answers.answer(corpus, models, asked, permitted, decoding.top_k, options.filter_history, advance)
 
     return Answering(corpus, needs, answer, json.loads(json.dumps(identity)))
+
+
+def _what_counts(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without those that answers don't depend on; a smaller batch is how a job goes on that ran out of memory."""
+    return {name: value for name, value in settings.items() if name not in ("dropout_rate", "remat", "batch_size")}
 
 
 def _warn_untrained(checkpoint_path: str, family: str) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import gin
 import jax
 
-from recalign_jax import gin_config, hardware, partitioning, terminal
+from recalign_jax import gin_config, host, partitioning, terminal
 from recalign_jax.checkpoint import saved
 from recalign_jax.checkpoint.initial import load_base, load_initial
-from recalign_jax.commands.common import EVALUATED, fingerprints, make_evaluation, model_config
+from recalign_jax.commands.common import EVALUATED, make_evaluation, model_config, task_fingerprints
 from recalign_jax.commands.eval import evaluation_command
 from recalign_jax.corpus.corpus import data_dir_or_default
 from recalign_jax.errors import InputError
@@ -25,7 +25,7 @@ from recalign_jax.model.lora import LoraOptions
 from recalign_jax.recommender import DecodingOptions, save_trie
 from recalign_jax.training import preemption
 from recalign_jax.training.input_pipeline import InputOptions
-from recalign_jax.training.optimizer import make_optimizer, make_schedule
+from recalign_jax.training.optimizer import handed_schedule, make_optimizer
 from recalign_jax.training.preemption import Preemption
 from recalign_jax.training.step import StepOptions, check_divides
 from recalign_jax.training.train import Evaluator, TrainOptions, train
@@ -43,7 +43,7 @@ MAY_CHANGE = (
     *("MAX_EVAL_USERS", "NUM_BEAMS", "EVAL_BATCH_SIZE", "MAX_INPUT_TOKENS", "SCORES", "EVALUATION_WORDING"),
     *("VOCABULARY", "BEST_METRIC", "EARLY_STOPPING", "PROFILE", "RESUME_CHANGED"),
     # The same arithmetic in another order: not the same bits, but the same run on other devices.
-    *("MESH", "REMAT", "GRADIENT_ACCUMULATION", "LOGITS_CHUNKS"),
+    *("MESH", "REMAT", "GRADIENT_ACCUMULATION", "LOGITS_CHUNKS", "InputOptions.workers"),
 )
 
 
@@ -104,7 +104,7 @@ def train_command(
     task_specs = [component.spec for component, _ in components if isinstance(component, CorpusTask)]
     mesh = partitioning.make_mesh(options.mesh)
     if mesh.devices.flat[0].platform == "cpu":
-        hardware.keep_freed_memory()
+        host.keep_freed_memory()
     step_options = StepOptions()
     check_divides(step_options, input_options.batch_size, input_options.task_feature_lengths["targets"], mesh)
     config = model_config(max(component.num_tokens for component, _ in components))
@@ -147,7 +147,7 @@ def train_command(
         initial_params=initial_params,
         base=base,
         lora_options=lora_options,
-        schedule=make_schedule(),
+        schedule=handed_schedule(),
     )
     if jax.process_index() == 0:
         for spec in {(spec.corpus.name, spec.catalog.item_format): spec for spec in task_specs}.values():
@@ -197,9 +197,10 @@ def run_identity(task_specs: list[TaskSpec]) -> dict[str, str]:
     """What a resumed run must have in common with the one that it resumes: gin values and fingerprints."""
     values = gin_config.snapshot()
     may_change = set(MAY_CHANGE)
-    if "linear_warmup" in values.get("SCHEDULE", ""):
+    kind = values.get("make_schedule.kind", "")
+    if "linear_warmup" in values.get(kind.removeprefix("%"), kind):
         may_change.remove("TRAIN_STEPS")  # the learning rate falls towards the last step
-    return {name: value for name, value in values.items() if name not in may_change} | fingerprints(task_specs)
+    return {name: value for name, value in values.items() if name not in may_change} | task_fingerprints(task_specs)
 
 
 def make_evaluator(spec: TaskSpec, config: Any, mesh: jax.sharding.Mesh, prefix: str) -> Evaluator:

@@ -15,7 +15,8 @@ class BeamResult(NamedTuple):
 
     Attributes:
       items: int32 [B, top_k], distinct item indices; -1 where there are no more.
-      scores: float32 [B, top_k]; -inf where there is no item.
+      scores: float32 [B, top_k]; -inf where there is no item. Of a user whose search met NaN all are NaN, and there
+        are no items.
     """
 
     items: jax.Array
@@ -26,7 +27,8 @@ class Finished(NamedTuple):
     """The best sequences so far, best first. F is top_k: every one gives at least one item.
 
     Attributes:
-      score: float32 [B, F], -inf where there is none.
+      score: float32 [B, F], -inf where there is none. NaN throughout once the user's search met NaN: no beam beats it,
+        so that search ends.
       first: int32 [B, F], how many allowed items have a smaller rank than those of the sequence.
       size: int32 [B, F], how many allowed items the sequence has.
     """
@@ -43,17 +45,22 @@ def none(batch: int, count: int) -> Finished:
 
 
 def of_run(permitted_items: Permitted, score: jax.Array, start: jax.Array, stop: jax.Array) -> Finished:
-    """Sequences whose items have the ranks from `start` to `stop` - 1; -inf where none of them is allowed."""
+    """Sequences whose items have the ranks from `start` to `stop` - 1; -inf where none of them is allowed.
+
+    A score of NaN stays: that nothing ends there must not hide it.
+    """
     first = permitted.allowed_before(permitted_items, start)
     size = permitted.allowed_before(permitted_items, stop) - first
-    return Finished(jnp.where(size > 0, score, -jnp.inf), first, size)
+    return Finished(jnp.where((size > 0) | jnp.isnan(score), score, -jnp.inf), first, size)
 
 
 def best(kept: Finished, new: Finished) -> Finished:
-    """The best of both, as many as were kept."""
+    """The best of both, as many as were kept; NaN if any is."""
     both = jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=1), kept, new)
     _, order = jax.lax.top_k(both.score, kept.score.shape[1])
-    return jax.tree.map(lambda array: jnp.take_along_axis(array, order, axis=1), both)
+    found = jax.tree.map(lambda array: jnp.take_along_axis(array, order, axis=1), both)
+    is_nan = jnp.isnan(both.score).any(axis=1, keepdims=True)  # where top_k puts it depends on its sign
+    return found._replace(score=jnp.where(is_nan, jnp.nan, found.score))
 
 
 def items_of(trie: Trie, permitted_items: Permitted, finished: Finished) -> BeamResult:
@@ -69,4 +76,5 @@ def items_of(trie: Trie, permitted_items: Permitted, finished: Finished) -> Beam
     )
     rank = permitted.nth_allowed(permitted_items, first + place - (stop - size))
     items = trie.item_of_rank[jnp.clip(rank, 0, len(trie.item_of_rank) - 1)]
-    return BeamResult(jnp.where(there, items, -1), jnp.where(there, score, -jnp.inf))
+    no_score = jnp.where(jnp.isnan(finished.score), jnp.nan, -jnp.inf)
+    return BeamResult(jnp.where(there, items, -1), jnp.where(there, score, no_score))

@@ -85,7 +85,7 @@ def finish(
         inside = steps[:, None, None] < length
         score = state.score + jnp.sum(jnp.where(inside, log_probs, 0.0), axis=0)
         done = length <= state.depth + size
-        new = of_run(permitted_items, jnp.where(done, score / penalty, -jnp.inf), start, end)
+        new = of_run(permitted_items, jnp.where(done | jnp.isnan(score), score / penalty, -jnp.inf), start, end)
         going = jnp.where(done, -jnp.inf, score)
         return _State(state.depth + size, going, path[..., -1], best(state.finished, new), cache)
 

@@ -13,6 +13,7 @@ from recalign_jax.decoding.beam_search import beam_search
 from recalign_jax.decoding.finished import BeamResult
 from recalign_jax.decoding.scoring import Decoder
 from recalign_jax.decoding.trie import Trie
+from recalign_jax.errors import RunError
 
 # Prompts are padded to one of these lengths (then to multiples of the last), so that few programs are compiled.
 BUCKETS = (32, 64, 128, 192, 256, 384, 512)
@@ -82,6 +83,9 @@ def retrieve(
 
     Yields:
       (which prompts [b], items int32 [b, top_k], scores float32 [b, top_k]); see BeamResult.
+
+    Raises:
+      RunError: the model gave a prompt NaN; in all processes alike.
     """
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
     width = _bucket(max((len(items) for items in excluded), default=0))
@@ -104,7 +108,13 @@ def retrieve(
 def _fetched(chosen: np.ndarray, result: BeamResult) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of several processes each computes some users and learns of the others'."""
     ranked, scores = multihost_utils.process_allgather(result, tiled=True)
-    return chosen, ranked[: len(chosen)], scores[: len(chosen)]
+    ranked, scores = ranked[: len(chosen)], scores[: len(chosen)]
+    if count := int(np.isnan(scores).any(axis=1).sum()):
+        raise RunError(
+            f"The model gave {count} of {len(chosen)} prompts scores that are no numbers (NaN): it diverged in "
+            "training. Give an earlier checkpoint, as CHECKPOINT_PATH=MODEL_DIR/best or MODEL_DIR/checkpoints/STEP."
+        )
+    return chosen, ranked, scores
 
 
 def _bucket(length: int) -> int:

@@ -30,7 +30,8 @@ class EvaluationOptions:
       filter_history: in retrieval, drop the items of the user's whole history from the ranked list for the figures
         without suffix. Figures without the filter are always there too, as `recall@10_unfiltered`.
       max_users: evaluate only so many users: the first ones, which are a random sample, as users are numbered at random
-        (those that `--extend` brought come last); None for all.
+        (those that `--extend` brought come last); of `rating_random` so many ratings, drawn at random, always the same.
+        None for all.
     """
 
     filter_history: bool = True
@@ -49,7 +50,8 @@ class Result:
     Attributes:
       family: `retrieval`, `ranking` or `rating`.
       facts: what a row is about, and what was answered: `user` and `target` as numbers of the corpus,
-        `history_length`, `target_popularity` (interactions in training), and more; [N], or [N, k] for `items`.
+        `history_length`, `target_popularity` (interactions in training; of `rating_random` in its own training part),
+        and more; [N], or [N, k] for `items`.
       values: metrics by what ends their names, as "_unfiltered", and by name; float32 [N] each.
       main: the metrics that slices show, of `values[""]`.
       overall: numbers that are of all rows together, and not a mean over them.
@@ -105,14 +107,23 @@ def gather(answers: Iterable[tuple[np.ndarray, ...]], count: int, what: str) -> 
     return [array[order] for array in arrays]
 
 
-def facts(corpus: Corpus, queries: Sequence[Query] | Sequence[RatedQuery]) -> dict[str, np.ndarray]:
-    """What is known of queries before they are answered; see `Result.facts`."""
+def facts(
+    corpus: Corpus, queries: Sequence[Query] | Sequence[RatedQuery], popularity: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """What is known of queries before they are answered; see `Result.facts`.
+
+    Args:
+      corpus: what they are of.
+      queries: the queries.
+      popularity: interactions in training of each item, int64 [I]; None for the corpus's, of leave-one-out.
+    """
+    popularity = corpus.training_popularity if popularity is None else popularity
     target = np.asarray([query.target for query in queries], np.int32)
     return {
         "user": np.asarray([query.user for query in queries], np.int32),
         "target": target,
         "history_length": np.asarray([len(query.history) for query in queries], np.int32),
-        "target_popularity": corpus.training_popularity[target],
+        "target_popularity": popularity[target],
     }
 
 

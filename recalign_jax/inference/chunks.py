@@ -17,9 +17,10 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from recalign_jax.errors import InputError, RunError
@@ -31,6 +32,7 @@ REJECTED_FILE = "rejected.jsonl"
 _UNFINISHED = "unfinished"
 _SWEPT = f".{_UNFINISHED}."
 _KINDS = ("jsonl", "rejected.jsonl")
+_MISSING = object()
 Counts = dict[str, int]
 
 
@@ -64,10 +66,9 @@ def start(output_dir: pathlib.Path, job: dict[str, Any]) -> None:
         except OSError as error:
             raise InputError(f"OUTPUT_DIR {output_dir} can't be written: {error}.") from error
     elif before != job:
-        names = [name for name in sorted({*before, *job}) if before.get(name) != job.get(name)]
         raise InputError(
-            f"{output_dir} holds another job that is unfinished; they differ in {', '.join(names)}. Finish that one, "
-            f"delete {folder}, or give another OUTPUT_DIR."
+            f"{output_dir} holds another job that is unfinished: {'; '.join(_differences(before, job))}. Finish that "
+            f"one, delete {folder}, or give another OUTPUT_DIR."
         )
 
 
@@ -133,6 +134,23 @@ def finish(output_dir: pathlib.Path, job: dict[str, Any], found: dict[int, Count
             raise
     _remove(output_dir)
     return counts
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """What two jobs differ in, as `decoding.num_beams: 20 then, 50 now`."""
+    for name in sorted({*before, *now}):
+        then, after = before.get(name, _MISSING), now.get(name, _MISSING)
+        if isinstance(then, dict) and isinstance(after, dict):
+            yield from (f"{name}.{difference}" for difference in _differences(then, after))
+        elif then is _MISSING or after is _MISSING:  # begun by another version
+            yield f"{name}: not known {'then' if then is _MISSING else 'now'}"
+        elif then != after:
+            yield f"{name}: {_shown(then)} then, {_shown(after)} now"
+
+
+def _shown(value: Any) -> str:
+    """As text, with hashes cut."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b", r"\1...", str(value))
 
 
 def _remove(output_dir: pathlib.Path) -> None:

@@ -116,7 +116,10 @@ def of_table(path: pathlib.Path, corpus: Corpus, needs: Needs) -> Requests:
 
 
 def _survey(table: Table[Request]) -> tuple[int, frozenset[int]]:
-    """The number of rows, and which of them are of a user that a row before them is of. 24 bytes a user."""
+    """The number of rows, and which of them are of a user that a row before them is of.
+
+    It takes 24 bytes a user, and about 50 while they are sorted.
+    """
     hashes, places, first_error, total = bytearray(), array.array("q"), "", 0
     for total, (line, row) in enumerate(table.rows(), start=1):
         found = reading.parse_row(table.parse, row)

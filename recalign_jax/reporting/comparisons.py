@@ -149,7 +149,10 @@ def compare(
     corpus_of: Callable[[Run | Evaluation], str],
     corpora: dict[str, Corpus],
 ) -> list[Comparison]:
-    """Puts evaluations of one corpus, split and family together, the seeds of a run in one row, the best row first."""
+    """Puts evaluations of one corpus, split and family together, the seeds of a run in one row, the best row first.
+
+    Of several evaluations of one run each has a row of its own.
+    """
     grouped: dict[tuple[str, str, str], dict[tuple[str, str], list[Evaluation]]] = {}
     for evaluation in evaluations:
         for family in METRICS:
@@ -160,17 +163,27 @@ def compare(
     order = list(METRICS)
     found = []
     for corpus, split, family in sorted(grouped, key=lambda key: (key[0], key[1], order.index(key[2]))):
-        by_label, main = grouped[corpus, split, family], MAIN[family]
-        names = [label for label, _ in by_label]
+        groups, main = _groups(grouped[corpus, split, family]), MAIN[family]
+        names = [label for label, *_ in groups]
         rows = [
-            _row(label, place if names.count(label) > 1 else "", members, family)
-            for (label, place), members in by_label.items()
+            _row(label, place if names.count(label) > 1 else "", members, family) for label, place, members in groups
         ]
         sign = 1 if lower_is_better(main) else -1
         rows.sort(key=lambda row: (sign * row.cells[main].value, row.label))
         published = _published(corpora.get(corpus), family) if split == _PUBLISHED_SPLITS[family] else []
         shown = tuple(m for m in METRICS[family] if any(m in row.cells for row in (*rows, *published)))
         found.append(Comparison(corpus, split, family, shown, rows, published))
+    return found
+
+
+def _groups(by_label: dict[tuple[str, str], list[Evaluation]]) -> list[tuple[str, str, list[Evaluation]]]:
+    """(label, place, the evaluations of a row); one with a run twice is split: the same again is no other seed."""
+    found = []
+    for (label, place), members in by_label.items():
+        if len({member.run for member in members}) == len(members):
+            found.append((label, place, members))
+        else:
+            found += [(label, member.name, [member]) for member in members]
     return found
 
 

@@ -99,6 +99,12 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(max_gradient_norm), optimizer)
 
 
+def handed_schedule() -> optax.Schedule | None:
+    """The learning rate that gin hands `make_optimizer`, by updates done; None if it hands none."""
+    rate = gin.get_bindings(make_optimizer).get("schedule")
+    return rate if rate is None or callable(rate) else optax.constant_schedule(rate)
+
+
 def decayed(params: Any) -> Any:
     """A tree of bool like `params`: whether weight decay applies."""
     return jax.tree_util.tree_map_with_path(

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from recalign_jax import hardware
+from recalign_jax import hardware, host
 from recalign_jax.errors import InputError
 from recalign_jax.hardware import GIB, Chip
 from recalign_jax.model import flops
@@ -28,7 +28,7 @@ def topology_devices(name: str) -> list[Any]:
     """
     from jax.experimental import topologies
 
-    hardware.tell_libtpu_of_no_tpu()
+    host.tell_libtpu_of_no_tpu()
     try:
         devices: list[Any] = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except RuntimeError as error:

@@ -10,10 +10,10 @@ import pytest
 PROGRAM = """
 import resource, sys
 import numpy as np
-from recalign_jax import hardware
+from recalign_jax import host
 
 if sys.argv[1] == "keep":
-    hardware.keep_freed_memory()
+    host.keep_freed_memory()
 for turn in range(20):
     if turn == 10:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
