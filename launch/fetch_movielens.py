@@ -1,26 +1,28 @@
 """Gets MovieLens-100K into a folder: from GroupLens if its server answers, else the copy inside recbole 1.2.1.
 
-`recalign prepare --source movielens` reads both layouts. Terms of the data: GroupLens' README (research use,
-acknowledgement, no redistribution).
+`recalign prepare --source movielens` reads both layouts; a folder that holds one of them already stays as it is.
+Terms of the data: GroupLens' README (research use, acknowledgement, no redistribution).
 """
 
 import argparse
 import hashlib
+import http.client
 import io
+import os
 import pathlib
 import subprocess
 import sys
 import tempfile
-import urllib.error
 import urllib.request
 import zipfile
 
 URL = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
 MD5 = "0e33842e24a9c977be4e0107933c0723"
-PUBLISHED = [f"ml-100k/{name}" for name in ("u.data", "u.item", "u.genre", "README")]
+# The interactions come last: they tell `recalign prepare` which layout a folder has, and so it has a whole one or none.
+PUBLISHED = [f"ml-100k/{name}" for name in ("README", "u.genre", "u.item", "u.data")]
 
 PACKAGE, SHA256 = "recbole==1.2.1", "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"
-PACKAGED = [f"recbole/dataset_example/ml-100k/ml-100k.{kind}" for kind in ("inter", "item")]
+PACKAGED = [f"recbole/dataset_example/ml-100k/ml-100k.{kind}" for kind in ("item", "inter")]
 
 TIMEOUT_SECONDS = 15
 
@@ -47,20 +49,32 @@ def from_registry() -> bytes:
 
 
 def unpack(archive: bytes, members: list[str], output: pathlib.Path) -> None:
-    """Writes the named members, and no other, into `output`, without their folders."""
+    """Writes the named members, and no other, into `output`, without their folders, one after the other."""
     output.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(io.BytesIO(archive)) as files:
         for member in members:
-            (output / pathlib.PurePosixPath(member).name).write_bytes(files.read(member))
+            target = output / pathlib.PurePosixPath(member).name
+            aside = target.with_name(f".{target.name}.part")
+            aside.write_bytes(files.read(member))
+            os.replace(aside, target)
+
+
+def is_whole(output: pathlib.Path) -> bool:
+    """Whether the folder holds all files of one of the layouts."""
+    names = ([pathlib.PurePosixPath(member).name for member in members] for members in (PUBLISHED, PACKAGED))
+    return any(all((output / name).is_file() for name in layout) for layout in names)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=pathlib.Path, help="folder to put the files in")
     output = parser.parse_args().output
+    if is_whole(output):
+        print(f"{output} holds MovieLens-100K already.", file=sys.stderr)
+        return
     try:
         unpack(from_grouplens(), PUBLISHED, output)
-    except (urllib.error.URLError, OSError) as error:
+    except (http.client.HTTPException, OSError) as error:  # of which URLError is one
         print(f"GroupLens' server can't be used ({error}); taking the copy in {PACKAGE}.", file=sys.stderr)
         try:
             unpack(from_registry(), PACKAGED, output)

@@ -163,7 +163,8 @@ def _literal(value: str, of_number: bool) -> str:
         return text
     if text.startswith("~"):  # a shell leaves it alone behind `--gin.NAME=`
         return repr(os.path.expanduser(text))
-    if "_" in text and not of_number:  # to Python the folder 2026_11_22 is the number 20261122
+    # To Python the folder 2026_11_22 is the number 20261122.
+    if "_" in text and not of_number and not text.startswith(("'", '"')):
         return repr(value)
     try:
         ast.literal_eval(text)

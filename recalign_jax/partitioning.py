@@ -5,6 +5,7 @@ mesh. Optimizer state follows its parameter (`training.optimizer.state_specs`); 
 names the dimensions of its activations itself, where it calls `constrain`.
 """
 
+import collections
 import functools
 import math
 import re
@@ -13,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from recalign_jax.errors import InputError, did_you_mean
 
@@ -161,6 +162,32 @@ def with_shardings(params: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of arrays [B, ...]: rows are split over 'data' and 'fsdp', whose product must divide B."""
     return NamedSharding(mesh, PartitionSpec(MESH_AXES["batch"]))
+
+
+@functools.lru_cache(maxsize=8)  # asked of every batch
+def row_parts(sharding: Sharding) -> dict[int, int]:
+    """Which part of a batch's rows each process holds, {process: part}; the parts are numbered from 0.
+
+    Processes whose devices hold the same rows have the same part, as where the mesh axis `model` spans them. The rows
+    of a part need not be neighbours: JAX lays out a mesh by how its devices are wired.
+
+    Args:
+      sharding: from `batch_sharding`.
+
+    Raises:
+      InputError: when two processes hold some rows in common and others not.
+    """
+    held: dict[int, set[int]] = collections.defaultdict(set)
+    indices: Mapping[Any, Any] = sharding.devices_indices_map((sharding.num_devices,))
+    for device, (rows,) in indices.items():
+        held[device.process_index].update(range(sharding.num_devices)[rows])
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, parts)) != sharding.num_devices or len({len(part) for part in parts}) > 1:
+        raise InputError(
+            "MESH shares out the rows of a batch so that processes hold some in common and others not: make the axis "
+            "model a divisor of the devices of a process, or a multiple of them."
+        )
+    return {process: parts.index(tuple(sorted(rows))) for process, rows in held.items()}
 
 
 def check_batch_size(macro: str, batch_size: int, mesh: Mesh) -> None:

@@ -13,6 +13,36 @@ from recalign_jax import cli, terminal
 from recalign_jax.errors import InputError, Preempted, RunError
 
 
+def restore(model_dir):
+    """The step that is restored where one process can't read the metadata of step 3, another the arrays of step 2."""
+    import jax
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    from recalign_jax import partitioning
+    from recalign_jax.checkpoint import saved, training
+
+    shape = jax.ShapeDtypeStruct(
+        (4,), np.float32, sharding=partitioning.batch_sharding(partitioning.make_mesh({"data": -1}))
+    )
+    broken = {who: "3/metadata", 1 - who: "2/params"}[jax.process_index()]
+    read_metadata, restore = saved.read_metadata, ocp.StandardCheckpointHandler.restore
+
+    def metadata(folder):
+        if f"{folder.name}/metadata" == broken:
+            raise saved.DamagedCheckpoint(f"Checkpoint {folder} is damaged, says one.")
+        return read_metadata(folder)
+
+    def arrays(handler, directory, args):
+        if str(directory).endswith(broken):
+            raise OSError("a stale file handle")
+        return restore(handler, directory, args=args)
+
+    saved.read_metadata, ocp.StandardCheckpointHandler.restore = metadata, arrays
+    with training.open_checkpoints(model_dir) as checkpoints:
+        return training.restore_newest(checkpoints, {"a": shape}, (shape,), lambda metadata: None).step
+
+
 def run(args):
     import jax
     import numpy as np
@@ -20,6 +50,8 @@ def run(args):
 
     total = int(multihost_utils.process_allgather(np.asarray(jax.process_index() + 1)).sum())
     terminal.say("said by one")
+    if mode == "damaged":
+        return {"step": restore(os.environ["MODEL_DIR"])}
     if mode == "preempted":
         raise Preempted("saved")
     if jax.process_index() == who:

@@ -7,9 +7,10 @@ import shutil
 
 import jax
 import numpy as np
+import optax
 import pytest
 
-from recalign_jax.checkpoint import saved, training
+from recalign_jax.checkpoint import saved, streaming, training
 from recalign_jax.checkpoint.fingerprints import fingerprints
 from recalign_jax.checkpoint.saved import DamagedCheckpoint
 from recalign_jax.errors import InputError, RunError
@@ -122,12 +123,53 @@ def test_without_a_whole_one_nothing_is_begun_anew(two_steps, tmp_path):
     assert len(list((tmp_path / "run" / "damaged_checkpoints").iterdir())) == 2
 
 
-def test_another_model_is_no_damage(two_steps):
-    params, optimizer = trees(2)
-    params["b"] = np.zeros(9, np.float32)
-    with training.open_checkpoints(str(two_steps)) as checkpoints, pytest.raises(InputError, match="parameter b is"):
+def without(tree, name):
+    return {key: value for key, value in tree.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda p, o: (p | {"b": np.zeros(9, np.float32)}, o), r"parameter b is \(7,\) there, \(9,\) here"),
+        (lambda p, o: (p | {"c": np.zeros(9, np.float32)}, o), "parameter c is missing there"),
+        # A model with tied embeddings, an optimizer without weight decay: what is stored has more.
+        (lambda p, o: (without(p, "b"), o), "parameter b is there and not here. Give the model's own gin file"),
+        (
+            lambda p, o: (p, (o[0],)),
+            "optimizer state 1 is there and not here. Give the optimizer .*INITIAL_CHECKPOINT=",
+        ),
+        (lambda p, o: (p, ({}, o[1])), "optimizer state 0/moment is there and not here"),
+        # optax has parts without state, which Orbax stores as well.
+        (lambda p, o: (p, (*o, optax.EmptyState())), "optimizer state 2 is here and not there"),
+    ],
+)
+def test_another_model_is_no_damage(two_steps, change, says):
+    params, optimizer = change(*trees(2))
+    with training.open_checkpoints(str(two_steps)) as checkpoints, pytest.raises(InputError, match=says) as error:
         training.restore_newest(checkpoints, shapes(params), shapes(optimizer), lambda metadata: None)
+    assert not isinstance(error.value, DamagedCheckpoint)
     assert saved.steps(str(two_steps)) == [2, 1]
+
+
+def test_a_converted_model_is_no_damage(tmp_path):
+    params, optimizer = trees(2)
+    flat = {"a/kernel": params["a"]["kernel"], "b": params["b"]}
+    metadata = {"identity": {"converted from": "x"}, "positions": []}
+    streaming.save_streaming(str(tmp_path), 1, flat, metadata, lambda count: None)
+    with (
+        training.open_checkpoints(str(tmp_path)) as checkpoints,
+        pytest.raises(InputError, match=rf"converted model.*another MODEL_DIR.*CHECKPOINT={tmp_path}/checkpoints/1"),
+    ):
+        training.restore_newest(checkpoints, shapes(params), shapes(optimizer), lambda metadata: None)
+    assert saved.steps(str(tmp_path)) == [1]
+
+
+def test_a_step_that_is_not_there_is_not_another_one(two_steps, tmp_path):
+    assert saved.locate(f"{two_steps}/checkpoints/1") == (str(two_steps), 1)
+    with pytest.raises(InputError, match=f"No checkpoint of step 3 at {two_steps}/checkpoints/3. Steps there: 2, 1"):
+        saved.locate(f"{two_steps}/checkpoints/3")
+    with pytest.raises(InputError, match="Steps there: none"):
+        saved.locate(f"{tmp_path}/checkpoints/3")
 
 
 @contextlib.contextmanager

@@ -68,6 +68,10 @@ def folder(params, tmp_path):
     return tmp_path / "first"
 
 
+def shapes_of(config):
+    return partitioning.with_shardings(t5.abstract_params(config), partitioning.make_mesh({"data": -1}))
+
+
 def stored(folder):
     """All arrays of a folder's safetensors, by safetensors' own reader."""
     found = {}
@@ -271,7 +275,7 @@ def test_evaluation_takes_a_converted_checkpoint(run, shop_corpus, shop_words, c
 def test_adapters_are_merged_with_their_base(folder, params, convert, tmp_path, grown):
     """A run of `LORA_RANK` saves its adapters alone; whatever is made of them holds the sum."""
     config = dataclasses.replace(SMALL, vocab_size=64, num_tokens=50) if grown else SMALL
-    shapes = partitioning.with_shardings(t5.abstract_params(config), partitioning.make_mesh({"data": -1}))
+    shapes = shapes_of(config)
     base, told = load_base(str(folder), config, 0, shapes)
     options = LoraOptions(rank=2, alpha=3.0, targets=("query", "wo"))
     adapters = lora.init_adapters(params, options, jax.random.key(1))
@@ -360,6 +364,30 @@ def test_an_output_is_not_overwritten_unasked(folder, convert, tmp_path):
     assert (tmp_path / "notes" / "precious.txt").read_text() == "mine"
 
 
+def test_a_run_is_not_overwritten(folder, params, convert, tmp_path):
+    with training.open_checkpoints(str(tmp_path / "run")) as checkpoints:
+        training.save(checkpoints, 3, params, {"count": np.int32(3)}, {"identity": {}, "positions": []})
+    says = convert(folder, tmp_path / "run", "recalign", "--overwrite", status=2)
+    assert "holds a training run" in says
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "3" / "optimizer")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    assert "holds a training run" in convert(folder, tmp_path / "run", "huggingface", "--overwrite", status=2)
+    assert saved.steps(str(tmp_path / "run")) == [3]
+
+
+def test_the_base_of_adapters_is_not_overwritten(folder, params, convert, tmp_path):
+    _, told = load_base(str(folder), SMALL, 0, shapes_of(SMALL))
+    options = LoraOptions(rank=2, targets=("query",))
+    adapters = lora.init_adapters(params, options, jax.random.key(1))
+    metadata = {"identity": {"base": told, "lora": dataclasses.asdict(options)}, "model": dataclasses.asdict(SMALL)}
+    with training.open_checkpoints(str(tmp_path / "run")) as checkpoints:
+        training.save(checkpoints, 3, adapters, {"count": np.int32(3)}, metadata | {"positions": []})
+    before = (folder / "model.safetensors").read_bytes()
+    message = convert(tmp_path / "run", folder, "huggingface", "--overwrite", status=2)
+    assert f"holds {folder}, which the input has adapters of" in message
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
 @pytest.mark.parametrize("to", ["huggingface", "recalign"])
 def test_a_failure_half_way_leaves_what_was_there(folder, convert, tmp_path, to, monkeypatch):
     convert(folder, tmp_path / "second", "huggingface")
@@ -425,6 +453,14 @@ def test_a_hub_name_is_read_from_the_cache(cache, folder, convert, tmp_path):
     assert result["input_format"] == "huggingface"
     first, second = stored(folder), stored(tmp_path / "second")
     assert all(second[name].tobytes() == array.tobytes() for name, array in first.items())
+
+
+def test_a_hub_model_without_safetensors_says_what_to_do(cache, convert, tmp_path):
+    (cache / "model.safetensors").unlink()
+    message = convert("someone/tiny-t5", tmp_path / "second", "huggingface", status=2)
+    assert "someone/tiny-t5: the hub has no safetensors of it." in message
+    assert "from_pretrained('someone/tiny-t5').save_pretrained('tiny-t5-safetensors')" in message
+    assert str(cache) not in message
 
 
 def test_a_folder_of_that_name_goes_before_the_hub(cache, convert, tmp_path):

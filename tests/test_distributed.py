@@ -10,9 +10,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from recalign_jax import distributed, roll_call, terminal
+from recalign_jax.checkpoint import saved, training
 from recalign_jax.errors import InputError, RecalignError, RunError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -228,7 +230,7 @@ def test_only_process_0_speaks(capsys, monkeypatch):
 def run(tmp_path: pathlib.Path, mode: str, who: int, *numbers: int, of: int = 3, timeout: int = 60) -> list[tuple]:
     """Starts processes that join, meet in one collective, and do what `mode` says; returns (status, out, err) each."""
     port = free_port()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "MODEL_DIR": str(tmp_path / "run")}
     environment.pop("XLA_FLAGS", None)
     program = [sys.executable, str(ROOT / "tests" / "joining_program.py"), mode, str(who)]
     flags = ["--coordinator_address", f"127.0.0.1:{port}", "--num_processes", str(of), "--start_timeout", str(timeout)]
@@ -254,6 +256,23 @@ def test_processes_join_and_end_in_any_order(tmp_path):
     assert [out.count('{"processes": 3, "total": 6}') for _, out, _ in ended] == [1, 0, 0]
     assert [out.count("said by one") for _, out, _ in ended] == [1, 0, 0]
     assert all("Check failure" not in err for _, _, err in ended)
+
+
+def test_a_checkpoint_that_is_damaged_to_one_is_damaged_to_all(tmp_path):
+    """Rather than that they wait for one another at different checkpoints."""
+    array = np.arange(4, dtype=np.float32)
+    with training.open_checkpoints(str(tmp_path / "run")) as checkpoints:
+        for step in (1, 2, 3):
+            training.save(checkpoints, step, {"a": array}, (array,), {"identity": {}, "positions": []})
+    ended = run(tmp_path, "damaged", 1, of=2)
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    assert '{"step": 1}' in ended[0][1]
+    told = [" ".join(err.split()) for _, _, err in ended]
+    assert "checkpoints/3 is damaged, says one." in told[1]
+    assert "checkpoints/3 is damaged: to process 1, which says what is wrong" in told[0]
+    assert "checkpoints/2 is damaged: params can't be read (OSError: a stale file handle)" in told[0]
+    assert saved.steps(str(tmp_path / "run")) == [1]
+    assert {path.name for path in (tmp_path / "run" / "damaged_checkpoints").iterdir()} == {"2", "3"}
 
 
 def test_a_process_that_does_not_start_is_named(tmp_path):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from recalign_jax import partitioning
-from recalign_jax.checkpoint import stacking, t5x, training
-from recalign_jax.checkpoint.initial import load_initial
+from recalign_jax.checkpoint import saved, stacking, t5x, training
+from recalign_jax.checkpoint.initial import load_base, load_initial, load_trained
 from recalign_jax.errors import InputError
 from recalign_jax.model import t5
 from tests.checkpoint_folders import SMALL, T5X_TINY, state_dict, write_folder
@@ -73,6 +73,50 @@ def test_own_checkpoint(random_params, tmp_path):
     wider = dataclasses.replace(SMALL, mlp_dim=32)
     with pytest.raises(InputError, match="mlp/wi_0/kernel"):
         load_initial(str(tmp_path / "run"), wider, 0, shapes(wider))
+
+
+@pytest.fixture
+def run(random_params, tmp_path):
+    """A run's checkpoints of steps 3 (the best) and 4."""
+    with training.open_checkpoints(str(tmp_path / "run")) as checkpoints:
+        for step in (3, 4):
+            metadata = {"identity": {}, "positions": [], "model": dataclasses.asdict(SMALL)}
+            training.save(checkpoints, step, random_params, {"count": np.int32(step)}, metadata)
+    saved.write_best(str(tmp_path / "run"), {"step": 3, "metric": "validation_loss", "value": 1.0})
+    return str(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"layer_norm_epsilon": 1e-5}, r"layer_norm_epsilon 1e-06, yours has 1e-05: set --gin\.T5Config\..*=1e-06"),
+        ({"mlp_activations": ("silu", "linear")}, r"mlp_activations \('gelu', 'linear'\), yours has \('silu'"),
+        ({"relative_attention_max_distance": 64}, "relative_attention_max_distance 128, yours has 64"),
+        ({"scale_decoder_outputs": True}, "scale_decoder_outputs False, yours has True"),
+        ({"logits_via_embedding": True}, "logits_via_embedding False, yours has True"),
+        ({"dropout_rate": 0.5, "remat": "full", "activation_dtype": "bfloat16", "num_tokens": 39}, None),
+    ],
+)
+def test_a_model_that_computes_something_else_with_the_same_parameters(run, change, says):
+    config = dataclasses.replace(SMALL, **change)
+    for load in (
+        lambda: load_trained(run, config, shapes(config)),
+        lambda: load_initial(run, config, 0, shapes(config)),
+    ):
+        if says is None:
+            load()
+        else:
+            with pytest.raises(InputError, match=says):
+                load()
+
+
+def test_the_base_of_adapters_is_one_checkpoint_for_good(run, tmp_path, monkeypatch):
+    """Whatever way it is given."""
+    monkeypatch.chdir(tmp_path)
+    ways = {"run": 4, "run/best": 3, "run/checkpoints": 4, "run/checkpoints/3": 3}
+    for given, step in ways.items():
+        for path in (given, str(tmp_path / given)):
+            assert load_base(path, SMALL, 0, shapes(SMALL))[1]["path"] == f"{run}/checkpoints/{step}"
 
 
 def test_what_does_not_fit_is_named(folder, tmp_path):

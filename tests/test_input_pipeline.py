@@ -38,10 +38,10 @@ def specs_of(stream: Stream) -> list[specs.TaskSpec]:
     return [task.spec for task in stream.tasks]
 
 
-def take(stream: Stream, count: int, positions=None, process: int = 0, num_processes: int = 1):
+def take(stream: Stream, count: int, positions=None, part: int = 0, num_parts: int = 1):
     """The first batches and the positions after each."""
     start = input_pipeline.start_positions(stream.options) if positions is None else positions
-    return list(itertools.islice(PackedBatches(stream, start, process, num_processes), count))
+    return list(itertools.islice(PackedBatches(stream, start, part, num_parts), count))
 
 
 def assert_equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
@@ -170,9 +170,9 @@ def test_shards_are_read_window_by_window(stream, run):
             np.testing.assert_array_equal(found, expected[: len(found)])
 
 
-@pytest.mark.parametrize("num_processes", [2, 4])
-def test_batches_do_not_depend_on_the_number_of_processes(stream, run, num_processes):
-    parts = [take(stream, 6, process=process, num_processes=num_processes) for process in range(num_processes)]
+@pytest.mark.parametrize("num_parts", [2, 4])
+def test_batches_do_not_depend_on_the_number_of_processes(stream, run, num_parts):
+    parts = [take(stream, 6, part=part, num_parts=num_parts) for part in range(num_parts)]
     for number, (batch, positions) in enumerate(run[:6]):
         own = [part[number] for part in parts]
         assert_equal(batch, {name: np.concatenate([piece[name] for piece, _ in own]) for name in batch})
@@ -180,12 +180,10 @@ def test_batches_do_not_depend_on_the_number_of_processes(stream, run, num_proce
 
 
 @settings(max_examples=25)
-@given(k=st.integers(1, 13), num_processes=st.sampled_from([1, 2]))
-def test_resuming_after_any_batch_goes_on_exactly(stream, run, k, num_processes):
+@given(k=st.integers(1, 13), num_parts=st.sampled_from([1, 2]))
+def test_resuming_after_any_batch_goes_on_exactly(stream, run, k, num_parts):
     positions = run[k - 1][1]
-    parts = [
-        take(stream, 3, positions, process=process, num_processes=num_processes) for process in range(num_processes)
-    ]
+    parts = [take(stream, 3, positions, part, num_parts) for part in range(num_parts)]
     for number in range(3):
         batch = {name: np.concatenate([part[number][0][name] for part in parts]) for name in FEATURES}
         assert_equal({name: run[k + number][0][name] for name in FEATURES}, batch)
@@ -291,8 +289,8 @@ def test_rows_that_just_hold_one_sample_are_enough(components):
 
 
 def test_more_processes_than_shards(stream):
-    with pytest.raises(InputError, match=r"4 data shards can't be read by 3 processes.*data_shards=3"):
-        take(stream, 1, num_processes=3)
+    with pytest.raises(InputError, match=r"4 data shards can't be read in 3 parts.*data_shards=3"):
+        take(stream, 1, num_parts=3)
 
 
 def test_a_split_without_examples(components):

@@ -89,3 +89,19 @@ def test_two_processes_leave_together_and_train_as_one(folder):
     names = [name for name in one[-1] if name.startswith("validation_") and "loss" not in name]
     assert len(names) > 5
     assert [two[-1][name] for name in names] == [one[-1][name] for name in names]
+
+
+@pytest.mark.usefixtures("fast_compilation")
+def test_two_processes_that_hold_the_same_rows_train_as_one(folder, model):
+    """The mesh axis model spans them."""
+    script = [str(kill_and_resume.ROOT / "launch" / "local_processes.sh"), "2", "--", "train"]
+    arguments = kill_and_resume.arguments(folder, "both", 2, "--gin.MESH={'data': 1, 'model': 2}")
+    environment = kill_and_resume.environment(folder) | {"LOG_DIR": str(folder / "both_logs")}
+    subprocess.run([*script, *arguments], env=environment, check=True, timeout=300)
+    one, two = (log.read(str(path)) for path in (model, folder / "both"))
+    assert [record["step"] for record in one] == [record["step"] for record in two] == [1, 2]
+    for name in ("loss", "gradient_norm", "packing_efficiency"):
+        np.testing.assert_allclose([r[name] for r in two], [r[name] for r in one], rtol=1e-5, err_msg=name)
+    folders = (saved.folder_of(str(path), 2) for path in (model, folder / "both"))
+    first, second = (saved.read_metadata(path)["positions"] for path in folders)
+    assert first == second  # so that it may be resumed by any number of processes

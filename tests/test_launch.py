@@ -1,11 +1,16 @@
 """The scripts and manifests of launch/; stand-ins for Python, SLURM and gcloud write down how they are called."""
 
+import http.client
+import importlib.util
+import io
 import os
 import pathlib
 import re
 import signal
 import subprocess
+import sys
 import time
+import zipfile
 
 import pytest
 import yaml
@@ -172,6 +177,7 @@ def test_slurm_directives():
     directives = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, re.MULTILINE))
     assert directives["signal"] == "B:TERM@300"  # to the script alone, which hands it on
     assert {"requeue", "open-mode"} <= directives.keys()
+    assert not [name for name in directives if name.startswith("ntasks")]  # it would outweigh --ntasks-per-node
 
 
 # GKE: validated against JobSet's and Kubernetes' schemas as docs/launch.md says; here, that parts agree.
@@ -294,5 +300,86 @@ def test_tpu_vm_starts_again_after_a_preemption(tmp_path, programs, plan, status
     (tmp_path / "plan").write_text("\n".join(plan) + "\n")
     found, output = run("tpu_vm/train.sh", "--run", *TRAIN, folder=tmp_path, **TPU)
     assert found == status, output
+    assert "# what still costs is deleted with\n+ gcloud compute tpus queued-resources delete pod" in output
     verbs = [line.split()[0] for line in (tmp_path / "calls").read_text().splitlines() if "compute tpus" in line]
     assert [verb for verb in verbs if verb != "describe"] == calls
+
+
+def test_tpu_vm_does_not_wait_for_a_cloud_that_says_nothing(tmp_path, programs):
+    programs("gcloud", '[ "$4" != describe ] || { echo "ERROR: who are you?" >&2; exit 1; }')
+    status, output = run("tpu_vm/train.sh", "--run", *TRAIN, folder=tmp_path, **TPU)
+    assert status == 1
+    assert "no state of pod, 5 times in a row" in output
+    assert "ERROR: who are you?" in output
+    assert "queued-resources delete pod" in output
+
+
+# MovieLens-100K for the quickstart.
+
+
+@pytest.fixture
+def fetch_movielens(tmp_path, monkeypatch):
+    """A function that runs the script with the archives that its two places give, or raise; returns what lies there."""
+    spec = importlib.util.spec_from_file_location("fetch_movielens", LAUNCH / "fetch_movielens.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def packed(members: list[str]) -> bytes:
+        archive = io.BytesIO()
+        with zipfile.ZipFile(archive, "w") as opened:
+            for member in members:
+                opened.writestr(member, member)
+        return archive.getvalue()
+
+    def answers(members: list[str], error: Exception | None):
+        def answer() -> bytes:
+            if error:
+                raise error
+            return packed(members)
+
+        return answer
+
+    def call(published: Exception | None = None, packaged: Exception | None = None) -> list[str]:
+        monkeypatch.setattr(script, "from_grouplens", answers(script.PUBLISHED, published))
+        monkeypatch.setattr(script, "from_registry", answers(script.PACKAGED, packaged))
+        monkeypatch.setattr(sys, "argv", ["fetch_movielens.py", "--output", str(tmp_path / "raw")])
+        script.main()
+        return sorted(path.name for path in (tmp_path / "raw").iterdir())
+
+    call.script = script
+    return call
+
+
+PUBLISHED, PACKAGED = ["README", "u.data", "u.genre", "u.item"], ["ml-100k.inter", "ml-100k.item"]
+
+
+@pytest.mark.parametrize("error", [OSError("no route"), http.client.IncompleteRead(b"half")])
+def test_one_layout_whatever_the_server_answers_the_second_time(fetch_movielens, error):
+    assert fetch_movielens(error) == PACKAGED
+    assert fetch_movielens() == PACKAGED
+    assert fetch_movielens(error, AssertionError("is there already")) == PACKAGED
+
+
+def test_fetching_that_is_killed_leaves_no_layout(fetch_movielens, tmp_path, monkeypatch):
+    """The interactions, by which a layout is known, come last; what is half-written has another name."""
+
+    class Killed(Exception):
+        pass
+
+    write, wanted = pathlib.Path.write_bytes, [*PUBLISHED]
+
+    def killed(path: pathlib.Path, data: bytes) -> int:
+        wanted.pop()
+        if not wanted:
+            write(path, data[:3])
+            raise Killed
+        return write(path, data)
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", killed)
+    with pytest.raises(Killed):
+        fetch_movielens()
+    left = {path.name for path in (tmp_path / "raw").iterdir()}
+    assert not {"u.data", "ml-100k.inter"} & left
+    monkeypatch.setattr(pathlib.Path, "write_bytes", write)
+    assert {"ml-100k.inter", "ml-100k.item"} <= set(fetch_movielens(OSError("no route")))
+    assert "u.data" not in fetch_movielens()

@@ -1,8 +1,10 @@
 """The record of a run: what is written can be read, and a resumed run forgets what it will do again."""
 
 import json
+import struct
 
 import pytest
+from tensorboardX.proto import event_pb2
 
 from recalign_jax.training import log
 
@@ -30,6 +32,26 @@ def test_a_resumed_run_forgets_later_steps(written):
     assert run.records == log.read(str(written))
     run.close()
     assert [path.name for path in written.iterdir() if path.name.startswith(".")] == []
+
+
+def events(folder):
+    """Those of the newest TensorBoard file: records of length, checksum, event, checksum."""
+    data, found = max(folder.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns).read_bytes(), []
+    while data:
+        (size,) = struct.unpack("<Q", data[:8])
+        found.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
+    return found
+
+
+@pytest.mark.parametrize(("kept", "first"), [(2, 11), (0, 0)])
+def test_tensorboard_forgets_them_too(written, kept, first):
+    """It hides what earlier files have from the step on that a file begins with."""
+    for file in written.glob("events.out.tfevents.*"):
+        file.unlink()
+    log.RunLog(str(written), log.read(str(written))[:kept]).close()
+    starts = [event.step for event in events(written) if event.session_log.status == event_pb2.SessionLog.START]
+    assert starts == [first]
 
 
 def test_a_line_that_a_kill_cut_short_is_left_out(written):

@@ -1,6 +1,8 @@
 """The mesh, the tables of axes, and that a sharded model computes what one device computes."""
 
+import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +53,42 @@ def test_mesh_of_one_device():
 def mesh_like(**sizes):
     """An abstract mesh: specs need no devices."""
     return jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One of several processes."""
+
+    id: int
+    process_index: int
+
+
+@pytest.mark.parametrize(
+    ("shape", "processes", "parts"),
+    [
+        ((4, 1, 1), [0, 0, 0, 0], {0: 0}),
+        ((4, 1, 1), [0, 0, 1, 1], {0: 0, 1: 1}),
+        ((2, 2, 2), [0, 0, 0, 0, 1, 1, 1, 1], {0: 0, 1: 1}),
+        # The axis model spans processes: of two, and of two of four.
+        ((1, 1, 2), [0, 1], {0: 0, 1: 0}),
+        ((2, 1, 4), [0, 0, 1, 1, 2, 2, 3, 3], {0: 0, 1: 0, 2: 1, 3: 1}),
+        # As a TPU's devices are wired: the rows of a process are no neighbours, and processes in no order.
+        ((4, 2, 1), [0, 0, 1, 1, 0, 0, 1, 1], {0: 0, 1: 1}),
+        ((2, 1, 2), [1, 1, 0, 0], {0: 1, 1: 0}),
+        # Processes with some rows in common, and of different sizes.
+        ((2, 1, 3), [0, 0, 1, 1, 2, 2], None),
+        ((4, 1, 1), [0, 0, 0, 1], None),
+    ],
+)
+def test_which_rows_a_process_holds(shape, processes, parts):
+    devices = np.asarray([Device(number, process) for number, process in enumerate(processes)], object)
+    assert math.prod(shape) == len(devices)
+    sharding = partitioning.batch_sharding(jax.sharding.Mesh(devices.reshape(shape), partitioning.AXES))
+    if parts is None:
+        with pytest.raises(InputError, match=r"MESH .* axis model"):
+            partitioning.row_parts(sharding)
+    else:
+        assert partitioning.row_parts(sharding) == parts
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -9,6 +9,7 @@
 set -uo pipefail
 usage="usage: NAME= ZONE= ACCELERATOR= RUNTIME= REPOSITORY= NFS= $0 [--dry_run | --run] -- recalign's arguments"
 attempts=100 retry_seconds=${RETRY_SECONDS:-30}
+most_silent=5 # answers in a row that hold no state
 
 live=0
 case "${1:-}" in
@@ -26,10 +27,17 @@ run() {
   if [ "$live" = 1 ]; then "$@"; fi
 }
 queue() { run gcloud compute tpus queued-resources "$1" "$NAME" --zone="$ZONE" "${@:2}"; }
+leave() {
+  echo "# what still costs is deleted with"
+  live=0
+  queue delete --force --quiet
+  exit "$1"
+}
 on_all_workers() { run gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --command="$1"; }
+describe() { gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" --format='value(state.state)'; }
 state() { # ACTIVE in a dry run, where nothing is asked
   [ "$live" = 1 ] || { echo ACTIVE; return; }
-  gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" --format='value(state.state)' 2>/dev/null
+  describe 2>/dev/null
 }
 
 create() {
@@ -53,22 +61,30 @@ for ((attempt = 1; attempt <= attempts; attempt++)); do
       queue delete --force --quiet
       create || exit 1 ;;
   esac
-  until [ "$(state)" = ACTIVE ]; do
-    case "$(state)" in SUSPENDED | FAILED) continue 2 ;; esac
-    echo "waiting for $NAME: $(state)"
+  silent=0
+  until found=$(state); [ "$found" = ACTIVE ]; do
+    case "$found" in
+      SUSPENDED | FAILED) continue 2 ;;
+      "") silent=$((silent + 1)) ;;
+      *) silent=0 ;;
+    esac
+    if [ "$silent" -ge "$most_silent" ]; then
+      echo "gcloud tells no state of $NAME, $silent times in a row:" >&2
+      describe
+      leave 1
+    fi
+    echo "waiting for $NAME: ${found:-no state}"
     sleep "$retry_seconds"
   done
   on_all_workers "$setup" && on_all_workers "$train"
   status=$?
   if [ "$status" = 0 ]; then
-    echo "# done; what still costs is deleted with"
-    live=0
-    queue delete --force --quiet
-    exit 0
+    echo "# done"
+    leave 0
   fi
   echo "attempt $attempt ended with status $status"
   sleep "$retry_seconds" # a preemption takes a moment to show in the state
   # 75: recalign saved on SIGTERM; 255: ssh lost the machine. Anything else on machines that stand would fail again.
-  if [ "$(state)" = ACTIVE ] && [ "$status" != 75 ] && [ "$status" != 255 ]; then exit "$status"; fi
+  if [ "$(state)" = ACTIVE ] && [ "$status" != 75 ] && [ "$status" != 255 ]; then leave "$status"; fi
 done
-exit 1
+leave 1

@@ -25,10 +25,25 @@ def check_output(checkpoint: Checkpoint, output: pathlib.Path, overwrite: bool) 
         return
     if not overwrite:
         raise InputError(f"{output} is there already. Give another --output, or --overwrite.")
-    if checkpoint.folder is not None and checkpoint.folder.resolve().is_relative_to(output.resolve()):
-        raise InputError(f"{output} holds the input, which would be lost. Give another --output.")
+    for folder in _needed(checkpoint):
+        if folder.resolve().is_relative_to(output.resolve()):
+            what = "the input" if folder == checkpoint.folder else f"{folder}, which the input has adapters of and"
+            raise InputError(f"{output} holds {what}, which would be lost. Give another --output.")
+    if (output / "metrics.jsonl").is_file() or any((output / saved.DIRECTORY).glob("*/optimizer")):
+        raise InputError(f"{output} holds a training run, which is not overwritten. Give another --output.")
     if not (output / "config.json").is_file() and not (output / saved.DIRECTORY).is_dir():
         raise InputError(f"{output} holds no checkpoint, so it is not overwritten. Give another --output.")
+
+
+def _needed(checkpoint: Checkpoint) -> list[pathlib.Path]:
+    """The folders on this machine that a checkpoint is read from: its own, and those of what it has adapters of."""
+    found = [] if checkpoint.folder is None else [checkpoint.folder]
+    told = checkpoint.identity.get("base")
+    while told is not None and pathlib.Path(told["path"]).is_absolute():
+        found.append(pathlib.Path(told["path"]))
+        is_run = saved.steps(saved.model_dir_of(told["path"]))
+        told = saved.read_identity(told["path"]).get("base") if is_run else None
+    return found
 
 
 def convert(

@@ -28,6 +28,10 @@ HUGGING_FACE, RECALIGN = "huggingface", "recalign"
 # The two parameters with a row (or column) a token, and the axis of the tokens.
 TOKEN_AXES = {"token_embedder/embedding": 0, "decoder/logits_dense/kernel": 1}
 
+# What changes a model's answers and may leave no trace in the shapes of its parameters; the first two mostly do.
+_TOLD_BY_SHAPES = ("logits_via_embedding", "scale_decoder_outputs")
+_UNSEEN = (*_TOLD_BY_SHAPES, "mlp_activations", "relative_attention_max_distance", "layer_norm_epsilon")
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
@@ -41,6 +45,7 @@ class Checkpoint:
       sources: where the format has our parameters.
       folder: on this machine, None if it is elsewhere.
       identity: of the run, if it is of `recalign train`.
+      model: the fields of `config` that the checkpoint tells; others are T5.1.1's.
     """
 
     path: str
@@ -50,6 +55,7 @@ class Checkpoint:
     sources: Callable[[T5Config], Mapping[str, Source]]
     folder: pathlib.Path | None
     identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def open_checkpoint(path: str) -> Checkpoint:
@@ -75,7 +81,8 @@ def open_checkpoint(path: str) -> Checkpoint:
     if (folder / "config.json").is_file():
         config = huggingface.read_config(folder)
         arrays = huggingface.read_arrays(folder)
-        return Checkpoint(path, HUGGING_FACE, config, arrays, huggingface.sources, folder)
+        told = dataclasses.asdict(config)
+        return Checkpoint(path, HUGGING_FACE, config, arrays, huggingface.sources, folder, model=told)
     if (folder / "checkpoint").is_file() or (folder / "state").is_dir():
         return _open_t5x(str(folder), folder)
     if steps := sorted(folder.glob("checkpoint_*")):
@@ -92,15 +99,10 @@ def our_params(checkpoint: Checkpoint, config: T5Config, seed: int) -> dict[str,
       seed: rows of the vocabulary that the checkpoint lacks (item tokens) are drawn as in a new model of this seed.
 
     Raises:
-      InputError: when a parameter is missing, left over or of another shape.
+      InputError: when a parameter is missing, left over or of another shape, or the checkpoint's model is another.
     """
     path, rows = checkpoint.path, checkpoint.config.vocab_size
-    for field in ("logits_via_embedding", "scale_decoder_outputs"):
-        there, here = getattr(checkpoint.config, field), getattr(config, field)
-        if there != here:
-            raise InputError(
-                f"{path} is a model with {field} {there}, yours has {here}: set --gin.T5Config.{field}={there}."
-            )
+    check_model(path, checkpoint.model, config)
     if rows > config.vocab_size:
         raise InputError(
             f"{path} has {rows} vocabulary rows, the model only {config.vocab_size}: "
@@ -116,10 +118,27 @@ def our_params(checkpoint: Checkpoint, config: T5Config, seed: int) -> dict[str,
     return params
 
 
+def check_model(path: str, there: Mapping[str, Any], here: T5Config) -> None:
+    """Raises InputError when a checkpoint's model computes something else than this one with the same parameters.
+
+    Args:
+      path: of the checkpoint, for the message.
+      there: its configuration, as far as it is told (fields of T5Config).
+      here: of the model that its parameters are for.
+    """
+    for field in _UNSEEN:
+        ours, theirs = getattr(here, field), there.get(field, getattr(here, field))
+        theirs = tuple(theirs) if isinstance(theirs, list) else theirs  # JSON has no tuples
+        if theirs != ours:
+            raise InputError(
+                f"{path} is a model with {field} {theirs}, yours has {ours}: set --gin.T5Config.{field}={theirs}."
+            )
+
+
 def _open_t5x(path: str, folder: pathlib.Path | None) -> Checkpoint:
     arrays = t5x.read_arrays(path)
     config = sizes.infer(t5x.stacked_shapes(arrays), path)
-    return Checkpoint(path, t5x.which(path) or "", config, arrays, t5x.sources, folder)
+    return Checkpoint(path, t5x.which(path) or "", config, arrays, t5x.sources, folder, model=_seen(config))
 
 
 def _open_own(path: str, folder: pathlib.Path) -> Checkpoint:
@@ -130,12 +149,18 @@ def _open_own(path: str, folder: pathlib.Path) -> Checkpoint:
         arrays = _merged(path, arrays, LoraOptions(**identity["lora"]), identity["base"], config)
     if config is None:
         config = sizes.infer({name: tuple(array.shape) for name, array in arrays.items()}, path)
+        model = _seen(config)
 
     def sources(config: T5Config) -> dict[str, Source]:
         paths = stacking.flatten(t5.abstract_params(config))
         return {path: Source((path,), stacked=False, transposed=False) for path in paths}
 
-    return Checkpoint(path, RECALIGN, config, arrays, sources, folder, identity)
+    return Checkpoint(path, RECALIGN, config, arrays, sources, folder, identity, model)
+
+
+def _seen(config: T5Config) -> dict[str, Any]:
+    """What `sizes.infer` found rather than assumed."""
+    return {field: getattr(config, field) for field in _TOLD_BY_SHAPES}
 
 
 # ---------------------------------------------------------------- adapters

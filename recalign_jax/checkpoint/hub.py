@@ -20,13 +20,13 @@ def is_name(text: str) -> bool:
 def download(name: str) -> pathlib.Path:
     """Returns the local folder of a model of the hub, downloaded if the cache (HF_HOME) doesn't have it.
 
-    Raises InputError when it can't be had.
+    Raises InputError when it can't be had, or has no safetensors.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=[*_FILES, *TOKENIZER_FILES]))
+        folder = pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=[*_FILES, *TOKENIZER_FILES]))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
@@ -34,3 +34,16 @@ def download(name: str) -> pathlib.Path:
             f"Is the name right? Without a network, download it where there is one (hf download {name}) and copy the "
             "cache (~/.cache/huggingface, or HF_HOME), or give the path of its folder."
         ) from None
+    if not any(folder.glob("*.safetensors*")):
+        here = f"{name.rsplit('/', 1)[-1]}-safetensors"
+        raise InputError(f"{name}: the hub has no safetensors of it. {pickle_advice(name, here)} and give {here}.")
+    return folder
+
+
+def pickle_advice(source: str, target: str) -> str:
+    """What to do about weights that may be in a pickle only; `source` is a hub name or a folder."""
+    return (
+        "A .bin file is a pickle, which can run code when it is read, so it is not. Convert it where you trust it: "
+        'python -c "from transformers import T5ForConditionalGeneration as T; '
+        f"T.from_pretrained('{source}').save_pretrained('{target}')\""
+    )

@@ -11,6 +11,7 @@ from typing import Any
 
 from recalign_jax.checkpoint import stacking
 from recalign_jax.checkpoint.arrays import Array, open_safetensors
+from recalign_jax.checkpoint.hub import pickle_advice
 from recalign_jax.checkpoint.stacking import Source
 from recalign_jax.errors import InputError
 from recalign_jax.model.config import T5Config
@@ -170,9 +171,5 @@ def _files_of_names(folder: pathlib.Path) -> dict[str, str]:
                 f"{single}: no safetensors file, or damaged ({error}). Download or write it again."
             ) from None
     if any(folder.glob("*.bin")):
-        raise InputError(
-            f"{folder}: has only a .bin file. That is a pickle, which can run code when it is read, so it is not. "
-            'Convert it where you trust it: python -c "from transformers import T5ForConditionalGeneration as T; '
-            f"T.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
-        )
+        raise InputError(f"{folder}: has only a .bin file. {pickle_advice(str(folder), f'{folder}-safetensors')}")
     raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json here")

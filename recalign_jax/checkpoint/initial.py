@@ -10,7 +10,7 @@ from recalign_jax import partitioning
 from recalign_jax.checkpoint import saved, stacking
 from recalign_jax.checkpoint.arrays import place
 from recalign_jax.checkpoint.fingerprints import fingerprint
-from recalign_jax.checkpoint.formats import check_base, open_base, open_checkpoint, our_params
+from recalign_jax.checkpoint.formats import check_base, check_model, open_base, open_checkpoint, our_params
 from recalign_jax.errors import InputError
 from recalign_jax.model import lora
 from recalign_jax.model.config import T5Config
@@ -53,9 +53,8 @@ def load_base(path: str, config: T5Config, seed: int, params: Any) -> tuple[Any,
     folder = pathlib.Path(path).expanduser()
     if folder.is_dir():
         path = str(folder.absolute())
-    if (folder / saved.DIRECTORY).is_dir():  # the newest checkpoint of a run, which will be another one day
-        model_dir, step = saved.locate(path)
-        path = str(pathlib.Path(model_dir) / saved.DIRECTORY / str(step))
+    if saved.steps(saved.model_dir_of(str(folder))) and not (folder / "config.json").is_file():
+        path = str(saved.folder_of(*saved.locate(str(folder))))  # the newest or best will be another one day
     base = load_initial(path, config, seed, params)
     return base, {"path": path, "seed": seed, "fingerprint": fingerprint(base)}
 
@@ -72,9 +71,11 @@ def load_trained(path: str, config: T5Config, params: Any) -> tuple[Any, int]:
       (parameters laid out as `params`, step).
 
     Raises:
-      InputError: when there is no checkpoint, it doesn't fit, or the base of its adapters is gone or was changed.
+      InputError: when there is no checkpoint, it doesn't fit, it was trained with a model that computes something else,
+        or the base of its adapters is gone or was changed.
     """
     identity = saved.read_identity(path)
+    check_model(path, saved.read_model(path), config)
     if "base" not in identity:
         return saved.load_params(path, params)
     options, told = LoraOptions(**identity["lora"]), identity["base"]

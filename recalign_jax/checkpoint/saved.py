@@ -14,9 +14,13 @@ The last three are a run's own; a converted model lacks them.
 import hashlib
 import json
 import pathlib
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from recalign_jax.checkpoint.arrays import Array, open_orbax, open_store
 from recalign_jax.checkpoint.fingerprints import by_path, fingerprints
@@ -26,6 +30,12 @@ from recalign_jax.files import atomic_file
 DIRECTORY = "checkpoints"
 BEST = "best"
 _BEST_FILE = "best.json"
+_ADVICE = {
+    "params": "Give the model's own gin file and the vocabulary it was trained with.",
+    "optimizer": "Give the optimizer that it was saved with (OPTIMIZER, WEIGHT_DECAY, ...), or begin anew from its "
+    "parameters: another MODEL_DIR and --gin.INITIAL_CHECKPOINT={folder}.",
+}
+_Read = TypeVar("_Read")
 
 
 class DamagedCheckpoint(InputError):
@@ -58,7 +68,10 @@ def locate(path: str) -> tuple[str, int]:
       InputError: when there is none.
     """
     given, model_dir = pathlib.Path(path).absolute(), model_dir_of(path)
-    if given.name.isdigit() and given.parent.name == DIRECTORY and given.is_dir():
+    if given.name.isdigit() and given.parent.name == DIRECTORY:
+        if not given.is_dir():
+            there = ", ".join(map(str, steps(model_dir))) or "none"
+            raise InputError(f"No checkpoint of step {given.name} at {path}. Steps there: {there}.")
         return model_dir, int(given.name)
     if given.name == BEST and not given.exists():
         best = read_best(model_dir)
@@ -109,8 +122,33 @@ def read_metadata(folder: pathlib.Path) -> dict[str, Any]:
     return metadata
 
 
+def agreed(folder: pathlib.Path, read: Callable[[], _Read]) -> _Read:
+    """Returns read(), which all processes call: a checkpoint that is damaged to one of them is damaged to all.
+
+    One alone would turn to another checkpoint while the others wait for it at this one.
+
+    Args:
+      folder: of the checkpoint.
+      read: reads of it without a word to other processes; may raise DamagedCheckpoint.
+    """
+    if jax.process_count() == 1:
+        return read()
+    result: Any = None
+    mine = None
+    try:
+        result = read()
+    except DamagedCheckpoint as error:
+        mine = error
+    damaged = np.flatnonzero(multihost_utils.process_allgather(np.asarray(mine is not None)))
+    if mine is None and len(damaged):
+        mine = _damaged(folder, f"to process {damaged[0]}, which says what is wrong")
+    if mine is not None:
+        raise mine
+    return result
+
+
 def read_tree(folder: pathlib.Path, item: str, tree: Any, metadata: dict[str, Any]) -> Any:
-    """Reads one item of a checkpoint, and checks that it is what was saved.
+    """Reads one item of a checkpoint, and checks that it is what was saved; all processes call it.
 
     Args:
       folder: of the checkpoint.
@@ -122,32 +160,56 @@ def read_tree(folder: pathlib.Path, item: str, tree: Any, metadata: dict[str, An
       The arrays, laid out as `tree`.
 
     Raises:
-      InputError: when an array is missing or has another shape.
+      InputError: when an array is missing, left over or of another shape.
       DamagedCheckpoint: when it can't be read, or is not what was saved.
     """
-    checkpointer = ocp.Checkpointer(ocp.StandardCheckpointHandler())
-    where = folder / item
-    try:
-        stored = by_path(checkpointer.metadata(where).item_metadata.tree)
-    except Exception as error:  # whatever a library finds in a damaged file
-        raise _damaged(folder, f"{item} can't be opened ({_first_line(error)})") from error
-    for name, leaf in by_path(tree).items():
-        found = tuple(stored[name].shape) if name in stored else "missing"
-        if found != tuple(leaf.shape):
-            raise InputError(
-                f"Checkpoint {folder}: parameter {name} is {found} there, the model has {tuple(leaf.shape)}. "
-                "Give the model's own gin file and the vocabulary it was trained with."
-            )
-    try:
-        restored = checkpointer.restore(where, args=ocp.args.StandardRestore(tree))
-    except Exception as error:
-        raise _damaged(folder, f"{item} can't be read ({_first_line(error)})") from error
+    if "fingerprints" not in metadata and not (folder / item).exists():
+        raise InputError(
+            f"{folder} holds a converted model, which has no {item} state to go on with: train in another MODEL_DIR, "
+            f"with --gin.INITIAL_CHECKPOINT={folder}."
+        )
+    # The handler by itself: Orbax's Checkpointer makes all processes wait for one that failed.
+    handler = ocp.StandardCheckpointHandler()
+
+    def attempt(what: str, read: Callable[[], Any]) -> Any:
+        def read_or_damaged() -> Any:
+            try:
+                return read()
+            except Exception as error:  # whatever a library finds in a damaged file
+                raise _damaged(folder, f"{item} can't be {what} ({_first_line(error)})") from error
+
+        return agreed(folder, read_or_damaged)
+
+    stored = attempt("opened", lambda: handler.metadata(folder / item).tree)
+    _check_fits(folder, item, stored, tree)
+    restored = attempt("read", lambda: handler.restore(folder / item, args=ocp.args.StandardRestore(tree)))
     saved = metadata.get("fingerprints")
     if saved is not None:
         changed = [name for name, value in fingerprints({item: restored}).items() if saved.get(name) != value]
         if changed:
-            raise _damaged(folder, f"{', '.join(changed[:3])}{' ...' * (len(changed) > 3)} is not what was saved")
+            raise _damaged(folder, f"{_some(changed)} is not what was saved")
     return restored
+
+
+def _check_fits(folder: pathlib.Path, item: str, stored: Any, tree: Any) -> None:
+    """Raises InputError when the arrays of a checkpoint are others than those of `tree`, which is no damage."""
+    there, here = _places(stored), _places(tree)
+    kind = {"params": "parameter", "optimizer": "optimizer state"}[item]
+    advice = _ADVICE[item].format(folder=folder)
+    for name, leaf in by_path(tree).items():
+        found = tuple(there[name].shape) if hasattr(there.get(name), "shape") else "missing"
+        if found != tuple(leaf.shape):
+            raise InputError(f"Checkpoint {folder}: {kind} {name} is {found} there, {tuple(leaf.shape)} here. {advice}")
+    if left_over := sorted(there.keys() - here.keys()):
+        raise InputError(f"Checkpoint {folder}: {kind} {_some(left_over)} is there and not here. {advice}")
+    if missing := sorted(here.keys() - there.keys()):
+        raise InputError(f"Checkpoint {folder}: {kind} {_some(missing)} is here and not there. {advice}")
+
+
+def _places(tree: Any) -> dict[str, Any]:
+    """What stands at each path of a tree: leaves, and what has none (which optimizers have, and Orbax counts)."""
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: not jax.tree.leaves(node))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): node for path, node in nodes}
 
 
 def read_identity(path: str) -> dict[str, Any]:
@@ -180,7 +242,7 @@ def load_params(path: str, params: Any) -> tuple[Any, int]:
       (parameters, step).
 
     Raises:
-      InputError: when there is no checkpoint, it is damaged, or a parameter is missing or has another shape.
+      InputError: when there is no checkpoint, it is damaged, or a parameter is missing, left over or of another shape.
     """
     model_dir, step = locate(path)
     folder = folder_of(model_dir, step)
@@ -191,6 +253,11 @@ def _damaged(folder: pathlib.Path, what: str) -> DamagedCheckpoint:
     others = [step for step in steps(str(folder.parent.parent)) if step != int(folder.name)]
     hint = f" {folder.parent}/{others[0]} is there, too." if others else ""
     return DamagedCheckpoint(f"Checkpoint {folder} is damaged: {what}.{hint}")
+
+
+def _some(names: Iterable[str]) -> str:
+    first, *others = names
+    return ", ".join([first, *others[:2]]) + " ..." * (len(others) > 2)
 
 
 def _checksum(metadata: dict[str, Any]) -> str:

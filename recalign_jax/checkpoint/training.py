@@ -41,8 +41,15 @@ def open_checkpoints(model_dir: str, keep: int = 3) -> ocp.CheckpointManager:
       model_dir: of the run.
       keep: how many of the newest stay; the best one stays as well.
     """
+    directory = (pathlib.Path(model_dir) / DIRECTORY).absolute()
+    if directory.is_dir() and jax.process_index() == 0:
+        # Orbax would do it in the background, and fail a later save where it meets another that does it, or a thread
+        # of a save that failed in this process. What such a thread leaves is in no one's way.
+        for path in directory.iterdir():
+            if ocp.utils.is_tmp_checkpoint(path):
+                shutil.rmtree(path, ignore_errors=True)
     return ocp.CheckpointManager(
-        (pathlib.Path(model_dir) / DIRECTORY).absolute(),
+        directory,
         item_handlers={
             "params": ocp.StandardCheckpointHandler(),
             "optimizer": ocp.StandardCheckpointHandler(),
@@ -51,7 +58,6 @@ def open_checkpoints(model_dir: str, keep: int = 3) -> ocp.CheckpointManager:
         options=ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), _Best(model_dir)]),
             create=True,
-            cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         ),
     )
@@ -96,6 +102,8 @@ def restore_newest(
 ) -> Restored | None:
     """Reads the newest checkpoint that is whole; damaged ones are told of and moved to `damaged_checkpoints`.
 
+    A checkpoint that doesn't fit is no damaged one, and stays where it is.
+
     Args:
       checkpoints: from `open_checkpoints`.
       params: ShapeDtypeStructs with shardings.
@@ -106,6 +114,7 @@ def restore_newest(
       None when the run has no checkpoint yet.
 
     Raises:
+      InputError: when the newest one that is whole has other arrays than `params` and `optimizer`.
       RunError: when it has some, but none is whole.
     """
     model_dir = str(checkpoints.directory.parent)
@@ -113,7 +122,7 @@ def restore_newest(
     for step in found:
         folder = saved.folder_of(model_dir, step)
         try:
-            metadata = saved.read_metadata(folder)
+            metadata = saved.agreed(folder, functools.partial(saved.read_metadata, folder))
             check(metadata)
             read = functools.partial(saved.read_tree, folder, metadata=metadata)
             return Restored(step, read("params", params), read("optimizer", optimizer), metadata)

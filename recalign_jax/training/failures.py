@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from recalign_jax.checkpoint import saved
 from recalign_jax.errors import RunError
@@ -16,7 +17,9 @@ from recalign_jax.training import input_pipeline, memory
 from recalign_jax.training.input_pipeline import Stream
 
 
-def not_finite(step: int, sums: dict[str, Any], stream: Stream, positions: np.ndarray, model_dir: str) -> RunError:
+def not_finite(
+    step: int, sums: dict[str, Any], stream: Stream, positions: np.ndarray, sharding: Sharding, model_dir: str
+) -> RunError:
     """Saves the batch of the first step whose loss or gradient is not finite; returns the error to raise.
 
     Args:
@@ -24,12 +27,14 @@ def not_finite(step: int, sums: dict[str, Any], stream: Stream, positions: np.nd
       sums: of the steps since the last look at them, of which `nonfinite` went wrong. The last ones, since parameters
         that are not finite stay so.
       stream: of training samples.
-      positions: of the data before these steps.
+      positions: of the data before these steps, of all shards or those of this process's part.
+      sharding: of a batch.
       model_dir: of the run.
     """
     count, wrong = int(sums["steps"]), int(sums["nonfinite"])
     first = step - wrong + 1
-    batches = input_pipeline.local_batches(stream, np.asarray(input_pipeline.all_positions(stream, positions)))
+    whole = np.asarray(input_pipeline.all_positions(stream, positions, sharding))
+    batches = input_pipeline.local_batches(stream, whole, sharding)
     batch, _ = next(itertools.islice(batches, count - wrong, None))
     process = f"_process_{jax.process_index()}" * (jax.process_count() > 1)
     path = pathlib.Path(model_dir) / "not_finite" / f"step_{first}{process}.npz"

@@ -2,7 +2,8 @@
 
 The stream of samples is cut into windows. Which samples of which task stand in window w is computed from w
 alone; a window is rendered and packed by itself. Windows belong to fixed logical shards (window w to shard
-w mod S), every batch takes the same number of rows from each shard, and a process reads some of the shards.
+w mod S), every batch takes the same number of rows from each shard, and a process reads some of the shards:
+those of the rows that its devices hold, which several processes may hold together.
 So the position of a run is (window, row) of each shard: resuming replays nothing, and the batches do not
 depend on the number of processes.
 """
@@ -19,7 +20,9 @@ import jax
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
+from jax.sharding import Sharding
 
+from recalign_jax import partitioning
 from recalign_jax.errors import InputError, check_choice, check_kinds
 from recalign_jax.training import packing
 from seqio_tasks.components import Component
@@ -39,7 +42,8 @@ class InputOptions:
       batch_size: packed rows of a step, over all processes.
       loss_normalization: `samples` or `tokens`; see `packing.pack`.
       window: samples that are rendered and packed together.
-      data_shards: S, the logical shards; must divide batch_size, and the number of processes must divide it.
+      data_shards: S, the logical shards; must divide batch_size, and the number of processes (those that hold the
+        same rows count once) must divide it.
         None takes the greatest common divisor of batch_size and 8.
       workers: processes that render windows for each shard; 0 renders in a thread.
     """
@@ -164,24 +168,24 @@ def pack_window(stream: Stream, window: int) -> Batch:
 
 
 class PackedBatches:
-    """Iterator over this process's part of each batch, with the position after it.
+    """Iterator over one of `num_parts` equal parts of each batch, with the position after it.
 
     Yields:
-      (batch, positions): arrays of this process's rows, and int64 [shards of this process, 2], the window and
-      row at which each shard goes on after this batch.
+      (batch, positions): arrays of the part's rows, and int64 [shards of the part, 2], the window and row at which
+      each shard goes on after this batch.
     """
 
-    def __init__(self, stream: Stream, positions: np.ndarray, process: int = 0, num_processes: int = 1):
+    def __init__(self, stream: Stream, positions: np.ndarray, part: int = 0, num_parts: int = 1):
         shards = stream.options.num_shards()
-        if shards % num_processes:
+        if shards % num_parts:
             raise InputError(
-                f"{shards} data shards can't be read by {num_processes} processes: "
-                f"--gin.InputOptions.data_shards={num_processes}, or a multiple of it that divides BATCH_SIZE."
+                f"{shards} data shards can't be read in {num_parts} parts, one for all processes that hold the same "
+                f"rows: --gin.InputOptions.data_shards={num_parts}, or a multiple of it that divides BATCH_SIZE."
             )
         self._rows = stream.options.batch_size // shards
         self._shards = [
             _Shard(stream, shards, *positions[shard])
-            for shard in range(process * shards // num_processes, (process + 1) * shards // num_processes)
+            for shard in range(part * shards // num_parts, (part + 1) * shards // num_parts)
         ]
 
     def __iter__(self) -> Iterator[tuple[Batch, np.ndarray]]:
@@ -213,19 +217,38 @@ def resumed_positions(options: InputOptions, positions: np.ndarray) -> np.ndarra
     return np.stack([windows, np.zeros(shards, np.int64)], axis=1)
 
 
-def local_batches(stream: Stream, positions: np.ndarray) -> PackedBatches:
-    """This process's part of each batch, from the positions [S, 2] on."""
-    return PackedBatches(stream, positions, jax.process_index(), jax.process_count())
+def local_batches(stream: Stream, positions: np.ndarray, sharding: Sharding | None = None) -> PackedBatches:
+    """The part of each batch that this process's devices hold, from the positions [S, 2] on.
+
+    Args:
+      stream: of samples.
+      positions: of all shards.
+      sharding: of the batch over the devices of all processes; None for one process.
+
+    Raises:
+      InputError: when the data shards can't be shared out.
+    """
+    if sharding is None:
+        return PackedBatches(stream, positions)
+    parts = partitioning.row_parts(sharding)
+    return PackedBatches(stream, positions, parts[jax.process_index()], len(set(parts.values())))
 
 
-def put(batch: Batch, sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
+def put(batch: Batch, sharding: Sharding) -> dict[str, jax.Array]:
     """Moves this process's part of a batch to its devices; returns arrays over all processes."""
+    num_parts = len(set(partitioning.row_parts(sharding).values()))
+
+    def over_all(rows: np.ndarray) -> jax.Array:
+        # Without the whole shape JAX takes processes that hold the same rows for ones that hold others.
+        shape = (num_parts * len(rows), *rows.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, rows, shape)
+
     with jax.transfer_guard("allow"):  # this one is meant
-        return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+        return jax.tree.map(over_all, batch)
 
 
 def on_device(
-    batches: Iterator[tuple[Batch, np.ndarray]], sharding: jax.sharding.Sharding
+    batches: Iterator[tuple[Batch, np.ndarray]], sharding: Sharding
 ) -> Iterator[tuple[dict[str, jax.Array], np.ndarray]]:
     """Moves batches to the devices a few steps before they are needed."""
     queue: collections.deque[tuple[dict[str, jax.Array], np.ndarray]] = collections.deque()
@@ -236,10 +259,12 @@ def on_device(
     yield from queue
 
 
-def all_positions(stream: Stream, positions: np.ndarray) -> list[list[int]]:
-    """The positions of all processes' shards, [S, 2], from those of one's own (to be called by all processes)."""
+def all_positions(stream: Stream, positions: np.ndarray, sharding: Sharding) -> list[list[int]]:
+    """The positions of all shards, [S, 2], from those of this process's part (to be called by all processes)."""
     if len(positions) < stream.options.num_shards():
-        positions = np.asarray(multihost_utils.process_allgather(positions)).reshape(-1, 2)
+        parts = partitioning.row_parts(sharding)
+        one_of_each = [min(p for p in parts if parts[p] == part) for part in sorted(set(parts.values()))]
+        positions = np.asarray(multihost_utils.process_allgather(positions))[one_of_each].reshape(-1, 2)
     return positions.tolist()
 
 

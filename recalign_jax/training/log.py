@@ -55,7 +55,9 @@ class RunLog:
         with atomic_file(path.with_name(VERSIONS_FILE)) as aside:
             aside.write_text(json.dumps(versions()) + "\n", encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
-        self._tensorboard = tensorboardX.SummaryWriter(model_dir)
+        # What is forgotten is hidden from TensorBoard as well, which would show these steps twice.
+        following = records[-1]["step"] + 1 if records else 0
+        self._tensorboard = tensorboardX.SummaryWriter(model_dir, purge_step=following)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one record and flushes it."""

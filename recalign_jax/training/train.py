@@ -149,7 +149,7 @@ def train(
         window = max(VALIDATION_WINDOW, input_pipeline.smallest_window(len(components)))
         few = dataclasses.replace(input_options, window=window)
         validation = input_pipeline.make_stream(components, "validation", options.seed, few)
-        first_batches = input_pipeline.local_batches(validation, input_pipeline.start_positions(few))
+        first_batches = input_pipeline.local_batches(validation, input_pipeline.start_positions(few), batch_sharding)
         held_out = [batch for batch, _ in itertools.islice(first_batches, VALIDATION_BATCHES)]
 
     # ---------------------------------------------------------------- the newest checkpoint, or a new run
@@ -179,7 +179,7 @@ def train(
         state = jax.jit(initialize, out_shardings=shardings)(jax.random.key(options.seed))
         if initial_params is not None:
             state = state._replace(params=initial_params(shapes.params))
-    batches = input_pipeline.on_device(input_pipeline.local_batches(stream, positions), batch_sharding)
+    batches = input_pipeline.on_device(input_pipeline.local_batches(stream, positions, batch_sharding), batch_sharding)
 
     # ---------------------------------------------------------------- the compiled steps
     train_step = jit_train_step(
@@ -249,11 +249,11 @@ def train(
             if schedule is not None:
                 record["learning_rate"] = float(schedule(step - 1))
             if sums["nonfinite"] > 0:
-                raise failures.not_finite(step, sums, stream, positions_before, options.model_dir)
+                raise failures.not_finite(step, sums, stream, positions_before, batch_sharding, options.model_dir)
             advance(0, note=f"loss {record['loss']:.3f}")
             if saves:
-                metadata = {"identity": identity, "positions": input_pipeline.all_positions(stream, positions)}
-                metadata |= {"model": dataclasses.asdict(config), "record": record}
+                metadata: dict[str, Any] = {"identity": identity, "model": dataclasses.asdict(config), "record": record}
+                metadata["positions"] = input_pipeline.all_positions(stream, positions, batch_sharding)
                 checkpointing.save(checkpoints, step, state.params, (state.opt_state, state.step), metadata)
             if leaves and step < options.train_steps:
                 raise Preempted(f"SIGTERM: saved step {step} in {options.model_dir}. The same command goes on.")
@@ -292,8 +292,9 @@ def _is_finished(options: TrainOptions, records: list[dict[str, Any]], check: Ca
     newest = next(iter(saved.steps(options.model_dir)), 0)
     if not records or not options.train_steps <= newest == records[-1]["step"]:
         return False
+    folder = saved.folder_of(options.model_dir, newest)
     try:
-        check(saved.read_metadata(saved.folder_of(options.model_dir, newest)))
+        check(saved.agreed(folder, functools.partial(saved.read_metadata, folder)))
     except DamagedCheckpoint:
         return False
     return True
