@@ -7,7 +7,8 @@ transformers runs `generate` with a beam search that `prefix_allowed_tokens_fn` 
 trie. All three take turns in one process, after calls that are not counted (compilation, first allocations). Beams,
 number of results, length penalty (0), greatest length and the rule of when to stop (when no beam can enter the result
 any more) are the same, the weights are transformers' random ones of FLAN-T5-small's size, prompts are those of users
-drawn at random, in float32. Each side has users in batches of a size that suits it, shortest prompts first.
+drawn at random, the same ones for all three, in float32. Each side has them in batches of a size that suits it,
+shortest prompts first.
 
 Prints one JSON line: `ratio` (ours over transformers', same scores) and `ratio_renormalised` (scores over the trie),
 medians over rounds, and users a second of all three. What was found is compared as well: `score_difference`, the
