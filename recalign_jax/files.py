@@ -2,6 +2,8 @@
 
 import contextlib
 import ctypes
+import fcntl
+import glob
 import os
 import pathlib
 import shutil
@@ -70,11 +72,13 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     A directory that already stands at `path` is exchanged for the new one and then deleted, so that there is no moment
     at which a reader finds half of either. Where the system can't exchange two names at once (Linux can), there is one
     between two renames at which it lies in `.NAME.old.*` beside `path`. All files are on the disk before they take the
-    name. What can't be deleted of the old directory is told of and stays, under a hidden name beside `path`.
+    name. What can't be deleted of the old directory is told of and stays, under a hidden name beside `path`. Where the
+    file system has locks, what killed writers of `path` left beside it (`.NAME.partial.*`) is removed first.
     """
     target = pathlib.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    _remove_abandoned(target)
+    aside, lock = _locked_directory(target)
     try:
         aside.chmod(0o755)
         yield aside
@@ -99,6 +103,31 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
+
+
+def _locked_directory(target: pathlib.Path) -> tuple[pathlib.Path, int]:
+    """Makes a directory beside `target`; a lock on it lasts as long as the descriptor, or this process, does."""
+    while True:
+        aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.partial.", dir=target.parent))
+        descriptor = os.open(aside, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # no locks here: then nobody else gets one, and nothing is removed
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if aside.exists():
+            return aside, descriptor
+        os.close(descriptor)  # another writer took it for abandoned before it was locked
+
+
+def _remove_abandoned(target: pathlib.Path) -> None:
+    for abandoned in target.parent.glob(f".{glob.escape(target.name)}.partial.*"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(abandoned, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(abandoned, ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
 def _exchanged(first: pathlib.Path, second: pathlib.Path) -> bool:

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import textwrap
 import threading
 from collections import Counter
 
@@ -528,6 +529,29 @@ def test_all_files_are_on_the_disk_before_they_take_their_name(tmp_path, monkeyp
     *before, after = synced
     assert sorted(before) == sorted([("below", False), ("file", False), (aside.name, False)])
     assert after == (tmp_path.name, True)
+
+
+def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    program = """
+        import sys, time
+        from recalign_jax.files import atomic_directory
+        with atomic_directory(sys.argv[1]) as aside:
+            (aside / "file").write_text("half")
+            print(aside, flush=True)
+            time.sleep(60)
+    """
+    target = tmp_path / "corpus"
+    (tmp_path / ".corpus.original").mkdir()  # somebody's, though it looks like one of ours
+    command = [sys.executable, "-c", textwrap.dedent(program), str(target)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as killed:
+        assert killed.stdout is not None
+        left = pathlib.Path(killed.stdout.readline().strip())
+        with atomic_directory(target):
+            assert (left / "file").read_text() == "half"
+        killed.kill()
+    assert left.is_dir()
+    with atomic_directory(target) as aside:
+        assert sorted(tmp_path.iterdir()) == sorted([target, aside, tmp_path / ".corpus.original"])
 
 
 @pytest.mark.parametrize("exchanges", [True, False])
