@@ -36,7 +36,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import recalign_jax.commands.train  # noqa: F401 (what its gin files configure)
 from benchmarks import study_records
 from recalign_jax import gin_config
-from recalign_jax.checkpoint.saved import BEST
+from recalign_jax.checkpoint.locations import BEST
 from recalign_jax.commands.eval import evaluation_settings
 from recalign_jax.errors import InputError
 from recalign_jax.evaluation.report import EVALUATION_FILE

@@ -6,7 +6,7 @@ gin files of T5X import this, so it registers nothing until T5X builds the model
 import importlib
 from typing import Any
 
-ROW_MULTIPLE = 128  # as in recalign_jax.commands.common: parameters then have the same shapes
+from seqio_tasks.vocabulary import embedding_rows
 
 
 def vocabulary(mixture_or_task_name: str, module: str) -> Any:
@@ -23,6 +23,5 @@ def vocabulary(mixture_or_task_name: str, module: str) -> Any:
 
 
 def vocab_size(mixture_or_task_name: str, module: str) -> int:
-    """Rows of the embedding: the entries of the vocabulary, rounded up to a multiple of 128."""
-    entries = vocabulary(mixture_or_task_name, module).vocab_size
-    return -(-entries // ROW_MULTIPLE) * ROW_MULTIPLE
+    """Rows of the embedding: as recalign_jax has them, so that parameters have the same shapes."""
+    return embedding_rows(vocabulary(mixture_or_task_name, module).vocab_size)

@@ -118,3 +118,12 @@ def check_pieces(vocabulary: Vocabulary, texts: Sequence[str]) -> None:
                 f"Vocabulary {vocabulary.path} lacks pieces for the prompt text {text!r}"
                 f"{': no ' + ' '.join(missing) if missing else ''}. Train one with recalign vocab."
             )
+
+
+def embedding_rows(num_tokens: int) -> int:
+    """Rows of a model's embedding for so many entries: the next multiple of 128, whatever the mesh.
+
+    So a checkpoint fits every mesh: 128 suits the matrix units, and every model axis of a power of two up to it
+    divides it.
+    """
+    return -(-num_tokens // 128) * 128

@@ -24,7 +24,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from recalign_jax import cli
-from recalign_jax.checkpoint import saved
+from recalign_jax.checkpoint import locations, saved
 from recalign_jax.training import log
 from tests.corpora import prepare_shop
 
@@ -70,8 +70,8 @@ def kill_and_resume(folder: pathlib.Path, times: int, seed: int) -> dict[str, An
         counts["while_starting"] += len(log.read(str(folder / "killed"))) == before
     assert train(folder, "killed", steps).wait() == 0
     calm, killed = str(folder / "calm"), str(folder / "killed")
-    common = saved.steps(calm)
-    same = common == saved.steps(killed) and all(state(calm, step) == state(killed, step) for step in common)
+    common = locations.steps(calm)
+    same = common == locations.steps(killed) and all(state(calm, step) == state(killed, step) for step in common)
     return {**counts, "checkpoints": len(common), "identical": same and losses(calm) == losses(killed)}
 
 
@@ -129,13 +129,13 @@ def has_logged(model_dir: pathlib.Path, count: int) -> bool:
 
 def being_written(model_dir: pathlib.Path) -> bool:
     """Whether there is a checkpoint that has not got its name yet."""
-    folder = model_dir / saved.DIRECTORY
+    folder = model_dir / locations.DIRECTORY
     return folder.is_dir() and any(not path.name.isdigit() for path in folder.iterdir())
 
 
 def state(model_dir: str, step: int) -> dict[str, Any]:
     """Hashes of parameters and optimizer state, and the data positions, of a checkpoint."""
-    metadata = saved.read_metadata(saved.folder_of(model_dir, step))
+    metadata = saved.read_metadata(locations.folder_of(model_dir, step))
     return {name: metadata[name] for name in ("fingerprints", "positions")}
 
 

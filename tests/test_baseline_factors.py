@@ -15,7 +15,7 @@ from recalign_jax.baselines import bprmf, mf, minibatches
 from recalign_jax.baselines.bprmf import BprMfOptions
 from recalign_jax.baselines.fit import Run
 from recalign_jax.baselines.mf import MfOptions
-from recalign_jax.checkpoint import saved
+from recalign_jax.checkpoint import locations, saved
 from recalign_jax.errors import InputError
 from recalign_jax.evaluation import rating
 from recalign_jax.evaluation.results import EvaluationOptions
@@ -39,7 +39,7 @@ def predicted(predict, queries):
 
 def newest(model_dir):
     """Hashes of all parameters and of the optimizer's state in a run's newest checkpoint."""
-    return saved.read_metadata(saved.folder_of(str(model_dir), saved.steps(str(model_dir))[0]))["fingerprints"]
+    return saved.read_metadata(locations.folder_of(str(model_dir), locations.steps(str(model_dir))[0]))["fingerprints"]
 
 
 def filled(random, shapes):

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from recalign_jax.baselines.fit import FitOptions, Problem, Run, fit, training_seconds
-from recalign_jax.checkpoint import saved
+from recalign_jax.checkpoint import locations, saved
 from recalign_jax.errors import InputError, RunError
 
 STEPS = 5
@@ -36,7 +36,7 @@ def problem(validate=lambda params: {"validation_ndcg@10": -float((params["w"] *
 
 def hashes_of(model_dir):
     """Of parameters, their average and the optimizer's state in the newest checkpoint."""
-    return saved.read_metadata(saved.folder_of(str(model_dir), saved.steps(str(model_dir))[0]))["fingerprints"]
+    return saved.read_metadata(locations.folder_of(str(model_dir), locations.steps(str(model_dir))[0]))["fingerprints"]
 
 
 @pytest.mark.parametrize("eval_period", [1, 2])
@@ -51,7 +51,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, capsys, eval_period):
     shutil.copytree(parts, killed)
     lines = (whole / "metrics.jsonl").read_text().splitlines()
     (killed / "metrics.jsonl").write_text("\n".join(lines[: 4 // eval_period + 1]) + '\n{"step": 6, "lo')
-    saved.write_best(str(killed), {"step": 6, "metric": "validation_ndcg@10", "value": 9.0})
+    locations.write_best(str(killed), {"step": 6, "metric": "validation_ndcg@10", "value": 9.0})
     for folder in (parts, killed):
         again = fit(problem(), options, Run(str(folder), 0, IDENTITY))
         assert f"Resuming {folder} after epoch 4." in capsys.readouterr().out
@@ -111,19 +111,19 @@ def test_what_is_kept_is_the_average_of_the_best_epoch(tmp_path):
     values = [-float((average**2).sum()) for average in found]
     np.testing.assert_allclose([record["validation_ndcg@10"] for record in records], values, rtol=1e-4)
     np.testing.assert_allclose(best["w"], found[int(np.argmax(values))], rtol=1e-4)
-    assert saved.read_best(str(tmp_path))["step"] == int(np.argmax(values)) + 1
+    assert locations.read_best(str(tmp_path))["step"] == int(np.argmax(values)) + 1
 
 
 def test_training_ends_when_nothing_gets_better(tmp_path):
     values = iter([0.1, 0.3, 0.2, 0.25, 0.9])
     options = FitOptions(epochs=9, patience=2)
     fit(problem(lambda params: {"validation_ndcg@10": next(values)}), options, Run(str(tmp_path), 0, IDENTITY))
-    assert saved.read_best(str(tmp_path)) == {"step": 2, "metric": "validation_ndcg@10", "value": 0.3}
-    assert saved.steps(str(tmp_path)) == [4, 2]  # the newest, and the best
+    assert locations.read_best(str(tmp_path)) == {"step": 2, "metric": "validation_ndcg@10", "value": 0.3}
+    assert locations.steps(str(tmp_path)) == [4, 2]  # the newest, and the best
     # With more patience the same run goes on.
     more = FitOptions(epochs=9, patience=3)
     fit(problem(lambda params: {"validation_ndcg@10": 0.0}), more, Run(str(tmp_path), 0, IDENTITY))
-    assert saved.steps(str(tmp_path)) == [5, 2]
+    assert locations.steps(str(tmp_path)) == [5, 2]
 
 
 def six_epochs(tmp_path):
@@ -149,7 +149,7 @@ def test_a_run_may_be_made_longer(tmp_path, epochs, patience, trained):
     run = six_epochs(tmp_path)
     validate = {"validation_ndcg@10": 0.0}
     fit(problem(lambda params: validate), FitOptions(epochs=epochs, patience=patience), run)
-    assert saved.steps(str(tmp_path)) == [trained, 2]
+    assert locations.steps(str(tmp_path)) == [trained, 2]
 
 
 def test_another_run_is_refused(tmp_path):
@@ -168,7 +168,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
         RunError, match=r"The loss of epoch 1 is (nan|-?inf): try a smaller FitOptions.learning_rate, in another"
     ):
         fit(broken, OPTIONS, Run(str(tmp_path), 0, IDENTITY))
-    assert saved.steps(str(tmp_path)) == []
+    assert locations.steps(str(tmp_path)) == []
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -177,8 +177,8 @@ def test_a_validation_that_is_no_number_ends_the_run(tmp_path, value):
     broken = problem(lambda params: {"validation_ndcg@10": next(values)})
     with pytest.raises(RunError, match=f"The validation_ndcg@10 of epoch 3 is {value}: try a smaller FitOptions.learn"):
         fit(broken, OPTIONS, Run(str(tmp_path), 0, IDENTITY))
-    assert saved.steps(str(tmp_path)) == [2]
-    assert saved.read_best(str(tmp_path))["step"] == 2
+    assert locations.steps(str(tmp_path)) == [2]
+    assert locations.read_best(str(tmp_path))["step"] == 2
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
 

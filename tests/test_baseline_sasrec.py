@@ -16,7 +16,7 @@ from recalign_jax.baselines import losses, sasrec, sequences
 from recalign_jax.baselines.fit import Run
 from recalign_jax.baselines.sasrec import Sasrec, SasrecOptions
 from recalign_jax.baselines.scores import recommender
-from recalign_jax.checkpoint import saved
+from recalign_jax.checkpoint import locations, saved
 from recalign_jax.errors import InputError
 from seqio_tasks import examples
 from seqio_tasks.examples import Query
@@ -230,7 +230,7 @@ def test_the_items_of_a_long_history_are_the_newest(chains, tmp_path):
 
 
 def hashes_of(model_dir: pathlib.Path) -> dict[str, str]:
-    newest = saved.folder_of(str(model_dir), saved.steps(str(model_dir))[0])
+    newest = locations.folder_of(str(model_dir), locations.steps(str(model_dir))[0])
     return saved.read_metadata(newest)["fingerprints"]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from recalign_jax.checkpoint import saved, streaming, training
+from recalign_jax.checkpoint import locations, saved, streaming, training
 from recalign_jax.checkpoint.fingerprints import fingerprints
 from recalign_jax.checkpoint.saved import DamagedCheckpoint
 from recalign_jax.errors import InputError, RunError
@@ -148,7 +148,7 @@ def test_another_model_is_no_damage(two_steps, change, says):
     with training.open_checkpoints(str(two_steps)) as checkpoints, pytest.raises(InputError, match=says) as error:
         training.restore_newest(checkpoints, shapes(params), shapes(optimizer), lambda metadata: None)
     assert not isinstance(error.value, DamagedCheckpoint)
-    assert saved.steps(str(two_steps)) == [2, 1]
+    assert locations.steps(str(two_steps)) == [2, 1]
 
 
 def test_a_converted_model_is_no_damage(tmp_path):
@@ -161,15 +161,15 @@ def test_a_converted_model_is_no_damage(tmp_path):
         pytest.raises(InputError, match=rf"converted model.*another MODEL_DIR.*CHECKPOINT={tmp_path}/checkpoints/1"),
     ):
         training.restore_newest(checkpoints, shapes(params), shapes(optimizer), lambda metadata: None)
-    assert saved.steps(str(tmp_path)) == [1]
+    assert locations.steps(str(tmp_path)) == [1]
 
 
 def test_a_step_that_is_not_there_is_not_another_one(two_steps, tmp_path):
-    assert saved.locate(f"{two_steps}/checkpoints/1") == (str(two_steps), 1)
+    assert locations.locate(f"{two_steps}/checkpoints/1") == (str(two_steps), 1)
     with pytest.raises(InputError, match=f"No checkpoint of step 3 at {two_steps}/checkpoints/3. Steps there: 2, 1"):
-        saved.locate(f"{two_steps}/checkpoints/3")
+        locations.locate(f"{two_steps}/checkpoints/3")
     with pytest.raises(InputError, match="Steps there: none"):
-        saved.locate(f"{tmp_path}/checkpoints/3")
+        locations.locate(f"{tmp_path}/checkpoints/3")
 
 
 @contextlib.contextmanager
@@ -191,7 +191,7 @@ def test_what_cannot_be_written_costs_no_good_one(tmp_path):
         pytest.raises(RunError, match=r"could not be written .* newest whole one is of step 1"),
     ):
         save(model_dir, [2], keep=1)
-    assert saved.steps(str(model_dir)) == [1]
+    assert locations.steps(str(model_dir)) == [1]
     check(restore(model_dir), 1)
     save(model_dir, [2], keep=1)  # there is room again
     assert [path.name for path in (model_dir / "checkpoints").iterdir()] == ["2"]

@@ -15,7 +15,7 @@ from flax import nnx
 from safetensors import safe_open
 
 from recalign_jax import cli, gin_config, partitioning
-from recalign_jax.checkpoint import huggingface, saved, stacking, training
+from recalign_jax.checkpoint import huggingface, locations, saved, stacking, training
 from recalign_jax.checkpoint.arrays import whole
 from recalign_jax.checkpoint.formats import open_checkpoint, our_params
 from recalign_jax.checkpoint.initial import load_base
@@ -242,8 +242,8 @@ def test_the_best_checkpoint_and_a_vocabulary_by_name(run, convert, tmp_path, sh
     shutil.copytree(run, tmp_path / "run")
     config = tmp_path / "run" / "config.gin"
     config.write_text(config.read_text().replace(shop_words.path, "shop_words.model"))
-    step = saved.steps(str(run))[0]
-    saved.write_best(str(tmp_path / "run"), {"step": step, "metric": "validation_loss", "value": 1.0})
+    step = locations.steps(str(run))[0]
+    locations.write_best(str(tmp_path / "run"), {"step": step, "metric": "validation_loss", "value": 1.0})
     (tmp_path / "data/vocabularies").mkdir(parents=True)
     shutil.copy(shop_words.path, tmp_path / "data/vocabularies/shop_words.model")
     data_dir = ("--data_dir", str(tmp_path / "data"))
@@ -372,7 +372,7 @@ def test_a_run_is_not_overwritten(folder, params, convert, tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "3" / "optimizer")
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     assert "holds a training run" in convert(folder, tmp_path / "run", "huggingface", "--overwrite", status=2)
-    assert saved.steps(str(tmp_path / "run")) == [3]
+    assert locations.steps(str(tmp_path / "run")) == [3]
 
 
 def test_the_base_of_adapters_is_not_overwritten(folder, params, convert, tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from recalign_jax import distributed, roll_call, terminal
-from recalign_jax.checkpoint import saved, training
+from recalign_jax.checkpoint import locations, training
 from recalign_jax.errors import InputError, RecalignError, RunError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -271,7 +271,7 @@ def test_a_checkpoint_that_is_damaged_to_one_is_damaged_to_all(tmp_path):
     assert "checkpoints/3 is damaged, says one." in told[1]
     assert "checkpoints/3 is damaged: to process 1, which says what is wrong" in told[0]
     assert "checkpoints/2 is damaged: params can't be read (OSError: a stale file handle)" in told[0]
-    assert saved.steps(str(tmp_path / "run")) == [1]
+    assert locations.steps(str(tmp_path / "run")) == [1]
     assert {path.name for path in (tmp_path / "run" / "damaged_checkpoints").iterdir()} == {"2", "3"}
 
 

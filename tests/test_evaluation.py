@@ -11,7 +11,7 @@ from flax import nnx
 from pyarrow import parquet
 
 from recalign_jax import partitioning, recommender
-from recalign_jax.checkpoint.saved import read_best
+from recalign_jax.checkpoint.locations import read_best
 from recalign_jax.commands import baseline, common, eval, train
 from recalign_jax.errors import InputError, RunError
 from recalign_jax.evaluation import ranking, rating, report, results, retrieval

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from recalign_jax import partitioning
-from recalign_jax.checkpoint import saved, stacking, t5x, training
+from recalign_jax.checkpoint import locations, stacking, t5x, training
 from recalign_jax.checkpoint.initial import load_base, load_initial, load_trained
 from recalign_jax.errors import InputError
 from recalign_jax.model import t5
@@ -82,7 +82,7 @@ def run(random_params, tmp_path):
         for step in (3, 4):
             metadata = {"identity": {}, "positions": [], "model": dataclasses.asdict(SMALL)}
             training.save(checkpoints, step, random_params, {"count": np.int32(step)}, metadata)
-    saved.write_best(str(tmp_path / "run"), {"step": 3, "metric": "validation_loss", "value": 1.0})
+    locations.write_best(str(tmp_path / "run"), {"step": 3, "metric": "validation_loss", "value": 1.0})
     return str(tmp_path / "run")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from recalign_jax import cli
-from recalign_jax.checkpoint import saved
+from recalign_jax.checkpoint import locations, saved
 from recalign_jax.training import log
 from tests import kill_and_infer, kill_and_resume
 
@@ -38,7 +38,7 @@ def test_sigterm_saves_and_leaves_with_its_own_status(folder):
     assert process.wait(timeout=60) == 75
     assert time.monotonic() - told < 25  # the shortest grace period that schedulers give is 30 seconds
     last = log.read(str(folder / "told"))[-1]["step"]
-    (step,) = saved.steps(str(folder / "told"))
+    (step,) = locations.steps(str(folder / "told"))
     assert last <= step <= last + 1
     assert f"SIGTERM: saved step {step}" in (folder / "told.log").read_text()
 
@@ -78,7 +78,7 @@ def test_two_processes_leave_together_and_train_as_one(folder):
     kill_and_resume.until(process, lambda: kill_and_resume.has_logged(folder / "two", 2))
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=90) == 75
-    (saved_step,) = saved.steps(str(folder / "two"))
+    (saved_step,) = locations.steps(str(folder / "two"))
     steps, evaluation = saved_step + 2, "--gin.EVAL_PERIOD=1000000"
     assert start(steps, evaluation).wait(timeout=300) == 0
     assert cli.main(["train", *kill_and_resume.arguments(folder, "one", steps, *more, evaluation)]) == 0
@@ -102,6 +102,6 @@ def test_two_processes_that_hold_the_same_rows_train_as_one(folder, model):
     assert [record["step"] for record in one] == [record["step"] for record in two] == [1, 2]
     for name in ("loss", "gradient_norm", "packing_efficiency"):
         np.testing.assert_allclose([r[name] for r in two], [r[name] for r in one], rtol=1e-5, err_msg=name)
-    folders = (saved.folder_of(str(path), 2) for path in (model, folder / "both"))
+    folders = (locations.folder_of(str(path), 2) for path in (model, folder / "both"))
     first, second = (saved.read_metadata(path)["positions"] for path in folders)
     assert first == second  # so that it may be resumed by any number of processes

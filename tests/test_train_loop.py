@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from recalign_jax import partitioning
-from recalign_jax.checkpoint import saved
+from recalign_jax.checkpoint import locations, saved
 from recalign_jax.errors import InputError, Preempted, RunError
 from recalign_jax.model.config import T5Config
 from recalign_jax.training import input_pipeline, log, preemption
@@ -69,7 +69,7 @@ def scripted(values):
 
 
 def state(model_dir, step):
-    metadata = saved.read_metadata(saved.folder_of(str(model_dir), step))
+    metadata = saved.read_metadata(locations.folder_of(str(model_dir), step))
     return metadata["fingerprints"], metadata["positions"]
 
 
@@ -82,8 +82,8 @@ def test_the_best_checkpoint_stays_and_the_run_ends_early(run, tmp_path):
     result = run("best", [scripted([0.1, 0.5, 0.3, 0.5, 0.2])], **options)
     assert result["step"] == 5
     assert result["best"] == {"step": 2, "metric": METRIC, "value": 0.5}
-    assert saved.steps(str(tmp_path / "best")) == [5, 2]
-    assert saved.locate(str(tmp_path / "best" / "best")) == (str(tmp_path / "best"), 2)
+    assert locations.steps(str(tmp_path / "best")) == [5, 2]
+    assert locations.locate(str(tmp_path / "best" / "best")) == (str(tmp_path / "best"), 2)
     # Started again it neither trains nor evaluates.
     assert run("best", [scripted([])], **options)["step"] == 5
 
@@ -118,7 +118,7 @@ def test_the_best_of_a_metric_that_is_new_to_a_run_has_a_checkpoint(run, tmp_pat
     run("new", [scripted([0.9, 0.1])], train_steps=4, **options)
     result = run("new", [scripted([0.3, 0.2])], train_steps=8, best_metric=METRIC, **options)
     assert result["best"]["step"] == 6  # that of step 2 is gone
-    assert saved.steps(str(tmp_path / "new")) == [8, 6]
+    assert locations.steps(str(tmp_path / "new")) == [8, 6]
 
 
 @pytest.mark.parametrize("interruption", [RuntimeError("crash"), signal.SIGTERM])
@@ -127,11 +127,11 @@ def test_an_evaluation_that_was_cut_off_is_done_again(run, tmp_path, interruptio
     run("calm", [scripted([0.3, 0.2, 0.4, 0.1])], **options)
     with pytest.raises(Preempted if interruption is signal.SIGTERM else RuntimeError):
         run("cut", [scripted([0.3, interruption])], **options)
-    assert saved.steps(str(tmp_path / "cut"))[0] == 4
+    assert locations.steps(str(tmp_path / "cut"))[0] == 4
     run("cut", [scripted([0.2, 0.4, 0.1])], **options)
     assert curve(tmp_path / "cut") == curve(tmp_path / "calm")
     assert state(tmp_path / "cut", 8) == state(tmp_path / "calm", 8)
-    assert saved.read_best(str(tmp_path / "cut")) == saved.read_best(str(tmp_path / "calm"))
+    assert locations.read_best(str(tmp_path / "cut")) == locations.read_best(str(tmp_path / "calm"))
 
 
 def test_sigterm_in_a_step_saves_that_step(run, tmp_path):
@@ -148,7 +148,7 @@ def test_sigterm_in_a_step_saves_that_step(run, tmp_path):
         run("told", schedule=schedule)
     assert error.value.exit_status == 75
     assert signal.getsignal(signal.SIGTERM) is before
-    assert saved.steps(str(tmp_path / "told")) == [6]
+    assert locations.steps(str(tmp_path / "told")) == [6]
     run("told")
     assert state(tmp_path / "told", 8) == state(tmp_path / "calm", 8)
     assert curve(tmp_path / "told") == curve(tmp_path / "calm")
@@ -157,7 +157,7 @@ def test_sigterm_in_a_step_saves_that_step(run, tmp_path):
 def test_a_damaged_checkpoint_is_named_and_an_older_one_used(run, tmp_path, capsys):
     run("calm", train_steps=6, checkpoint_period=2)
     run("hurt", train_steps=4, checkpoint_period=2)
-    newest = saved.folder_of(str(tmp_path / "hurt"), 4)
+    newest = locations.folder_of(str(tmp_path / "hurt"), 4)
     for path in (newest / "params").rglob("d/*"):
         path.write_bytes(path.read_bytes()[:-50])
     run("hurt", train_steps=6, checkpoint_period=2)
@@ -191,7 +191,7 @@ def test_a_step_that_is_not_finite_stops_and_its_batch_is_kept(run, tmp_path, lo
     for name, values in expected.items():
         np.testing.assert_array_equal(kept[name], values)
     assert "step_3.npz" in error.value.message
-    assert saved.steps(str(tmp_path / "wild")) == ([2, 1] if log_period == 1 else [])
+    assert locations.steps(str(tmp_path / "wild")) == ([2, 1] if log_period == 1 else [])
 
 
 def test_a_trace_is_written(run, tmp_path):

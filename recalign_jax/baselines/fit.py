@@ -15,7 +15,7 @@ import optax
 from recalign_jax import metrics, terminal
 from recalign_jax.baselines import scores
 from recalign_jax.baselines.scores import Scores
-from recalign_jax.checkpoint import saved
+from recalign_jax.checkpoint import locations, saved
 from recalign_jax.checkpoint import training as checkpointing
 from recalign_jax.corpus.corpus import Corpus
 from recalign_jax.errors import InputError, RunError, check_least
@@ -175,14 +175,14 @@ def fit(problem: Problem, options: FitOptions, run: Run) -> Params:
                 checkpointing.save(checkpoints, epoch, state.average, state[1:], metadata)
                 advance(note=f"loss {record['loss']:.4f}, {problem.metric} {record[problem.metric]:.4f}")
         checkpointing.finish(checkpoints)
-    params, best = saved.load_params(f"{run.model_dir}/{saved.BEST}", shapes.average)
+    params, best = saved.load_params(f"{run.model_dir}/{locations.BEST}", shapes.average)
     terminal.say(f"Trained for {epoch} epochs; the best by {problem.metric} is {best}.")
     return params
 
 
 def training_seconds(model_dir: str) -> float:
     """How long a training took up to its newest checkpoint, all its parts if it was interrupted and resumed."""
-    newest = saved.folder_of(model_dir, saved.steps(model_dir)[0])
+    newest = locations.folder_of(model_dir, locations.steps(model_dir)[0])
     return saved.read_metadata(newest).get("seconds", 0.0)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from recalign_jax import files, terminal
-from recalign_jax.checkpoint import export, saved, streaming
+from recalign_jax.checkpoint import export, locations, saved, streaming
 from recalign_jax.checkpoint.arrays import Array
 from recalign_jax.checkpoint.formats import HUGGING_FACE, RECALIGN, Checkpoint, our_params
 from recalign_jax.checkpoint.hub import TOKENIZER_FILES
@@ -29,9 +29,9 @@ def check_output(checkpoint: Checkpoint, output: pathlib.Path, overwrite: bool) 
         if folder.resolve().is_relative_to(output.resolve()):
             what = "the input" if folder == checkpoint.folder else f"{folder}, which the input has adapters of and"
             raise InputError(f"{output} holds {what}, which would be lost. Give another --output.")
-    if (output / "metrics.jsonl").is_file() or any((output / saved.DIRECTORY).glob("*/optimizer")):
+    if (output / "metrics.jsonl").is_file() or any((output / locations.DIRECTORY).glob("*/optimizer")):
         raise InputError(f"{output} holds a training run, which is not overwritten. Give another --output.")
-    if not (output / "config.json").is_file() and not (output / saved.DIRECTORY).is_dir():
+    if not (output / "config.json").is_file() and not (output / locations.DIRECTORY).is_dir():
         raise InputError(f"{output} holds no checkpoint, so it is not overwritten. Give another --output.")
 
 
@@ -41,7 +41,7 @@ def _needed(checkpoint: Checkpoint) -> list[pathlib.Path]:
     told = checkpoint.identity.get("base")
     while told is not None and pathlib.Path(told["path"]).is_absolute():
         found.append(pathlib.Path(told["path"]))
-        is_run = saved.steps(saved.model_dir_of(told["path"]))
+        is_run = locations.steps(locations.model_dir_of(told["path"]))
         told = saved.read_identity(told["path"]).get("base") if is_run else None
     return found
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from recalign_jax.checkpoint import hub, huggingface, saved, sizes, stacking, t5x
+from recalign_jax.checkpoint import hub, huggingface, locations, saved, sizes, stacking, t5x
 from recalign_jax.checkpoint.arrays import Array, Index, LazyArray
 from recalign_jax.checkpoint.fingerprints import fingerprint
 from recalign_jax.checkpoint.stacking import Source
@@ -73,7 +73,7 @@ def open_checkpoint(path: str) -> Checkpoint:
     folder = pathlib.Path(path).expanduser()
     if folder.is_file():
         raise InputError(f"{path} is a file: give the folder that it is in.")
-    best_of_run = folder.name == saved.BEST and (folder.parent / saved.DIRECTORY).is_dir()
+    best_of_run = folder.name == locations.BEST and (folder.parent / locations.DIRECTORY).is_dir()
     if not folder.is_dir() and not best_of_run:
         if not hub.is_name(path):
             raise InputError(f"{path}: no such folder, and no name of the form of google/flan-t5-base.")

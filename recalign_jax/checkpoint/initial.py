@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from recalign_jax import partitioning
-from recalign_jax.checkpoint import saved, stacking
+from recalign_jax.checkpoint import locations, saved, stacking
 from recalign_jax.checkpoint.arrays import place
 from recalign_jax.checkpoint.fingerprints import fingerprint
 from recalign_jax.checkpoint.formats import check_base, check_model, open_base, open_checkpoint, our_params
@@ -53,8 +53,8 @@ def load_base(path: str, config: T5Config, seed: int, params: Any) -> tuple[Any,
     folder = pathlib.Path(path).expanduser()
     if folder.is_dir():
         path = str(folder.absolute())
-    if saved.steps(saved.model_dir_of(str(folder))) and not (folder / "config.json").is_file():
-        path = str(saved.folder_of(*saved.locate(str(folder))))  # the newest or best will be another one day
+    if locations.steps(locations.model_dir_of(str(folder))) and not (folder / "config.json").is_file():
+        path = str(locations.folder_of(*locations.locate(str(folder))))  # the newest or best will be another one day
     base = load_initial(path, config, seed, params)
     return base, {"path": path, "seed": seed, "fingerprint": fingerprint(base)}
 
@@ -63,7 +63,7 @@ def load_trained(path: str, config: T5Config, params: Any) -> tuple[Any, int]:
     """Reads the parameters of a checkpoint of `recalign train`; adapters are merged with their base.
 
     Args:
-      path: as `saved.locate` takes it.
+      path: as `locations.locate` takes it.
       config: of the model.
       params: its parameters' ShapeDtypeStructs with shardings.
 

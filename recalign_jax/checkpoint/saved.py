@@ -22,14 +22,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from recalign_jax.checkpoint import locations
 from recalign_jax.checkpoint.arrays import Array, open_orbax, open_store
 from recalign_jax.checkpoint.fingerprints import by_path, fingerprints
 from recalign_jax.errors import InputError
-from recalign_jax.files import atomic_file
 
-DIRECTORY = "checkpoints"
-BEST = "best"
-_BEST_FILE = "best.json"
 _ADVICE = {
     "params": "Give the model's own gin file and the vocabulary it was trained with.",
     "optimizer": "Give the optimizer that it was saved with (OPTIMIZER, WEIGHT_DECAY, ...), or begin anew from its "
@@ -40,68 +37,6 @@ _Read = TypeVar("_Read")
 
 class DamagedCheckpoint(InputError):
     """A checkpoint that can't be read, or whose bits are not those that were saved."""
-
-
-def steps(model_dir: str) -> list[int]:
-    """The steps that a run has checkpoints of, newest first."""
-    directory = pathlib.Path(model_dir) / DIRECTORY
-    found = directory.iterdir() if directory.is_dir() else ()
-    return sorted((int(path.name) for path in found if path.name.isdigit()), reverse=True)
-
-
-def folder_of(model_dir: str, step: int) -> pathlib.Path:
-    """The folder of one checkpoint."""
-    return (pathlib.Path(model_dir) / DIRECTORY / str(step)).absolute()
-
-
-def locate(path: str) -> tuple[str, int]:
-    """Finds a checkpoint.
-
-    Args:
-      path: a MODEL_DIR or its `checkpoints` means the newest, `MODEL_DIR/best` the best by BEST_METRIC, a numbered
-        folder below `checkpoints` that one.
-
-    Returns:
-      (model_dir, step).
-
-    Raises:
-      InputError: when there is none.
-    """
-    given, model_dir = pathlib.Path(path).absolute(), model_dir_of(path)
-    if given.name.isdigit() and given.parent.name == DIRECTORY:
-        if not given.is_dir():
-            there = ", ".join(map(str, steps(model_dir))) or "none"
-            raise InputError(f"No checkpoint of step {given.name} at {path}. Steps there: {there}.")
-        return model_dir, int(given.name)
-    if given.name == BEST and not given.exists():
-        best = read_best(model_dir)
-        if best is None or best["step"] not in steps(model_dir):
-            raise InputError(f"{model_dir} has no best checkpoint: it needs EVAL_PERIOD and BEST_METRIC in training.")
-        return model_dir, best["step"]
-    found = steps(model_dir)
-    if not found:
-        raise InputError(f"No checkpoint at {path}. Give a MODEL_DIR of recalign train, or MODEL_DIR/{DIRECTORY}/STEP.")
-    return model_dir, found[0]
-
-
-def model_dir_of(path: str) -> str:
-    """The MODEL_DIR of what is given as a checkpoint, see `locate`; the path itself if it is none of these."""
-    given = pathlib.Path(path).absolute()
-    if given.name.isdigit() and given.parent.name == DIRECTORY:
-        return str(given.parent.parent)
-    return str(given.parent if given.name == DIRECTORY or (given.name == BEST and not given.exists()) else given)
-
-
-def read_best(model_dir: str) -> dict[str, Any] | None:
-    """`step`, `metric` and `value` of the best evaluation so far; None if there was none."""
-    path = pathlib.Path(model_dir) / _BEST_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def write_best(model_dir: str, best: dict[str, Any]) -> None:
-    """Puts down what `read_best` returns."""
-    with atomic_file(pathlib.Path(model_dir) / _BEST_FILE) as aside:
-        aside.write_text(json.dumps(best), encoding="utf-8")
 
 
 def sealed(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -214,12 +149,12 @@ def _places(tree: Any) -> dict[str, Any]:
 
 def read_identity(path: str) -> dict[str, Any]:
     """What a checkpoint was trained with: gin values and fingerprints. Raises InputError when there is none."""
-    return read_metadata(folder_of(*locate(path)))["identity"]
+    return read_metadata(locations.folder_of(*locations.locate(path)))["identity"]
 
 
 def read_model(path: str) -> dict[str, Any]:
     """The configuration of a checkpoint's model (fields of T5Config); empty if it doesn't say."""
-    return read_metadata(folder_of(*locate(path))).get("model", {})
+    return read_metadata(locations.folder_of(*locations.locate(path))).get("model", {})
 
 
 def read_arrays(path: str) -> dict[str, Array]:
@@ -227,7 +162,7 @@ def read_arrays(path: str) -> dict[str, Array]:
 
     Raises InputError when there is none.
     """
-    where = str(folder_of(*locate(path)) / "params")
+    where = str(locations.folder_of(*locations.locate(path)) / "params")
     return open_orbax(open_store(where), where)
 
 
@@ -244,13 +179,13 @@ def load_params(path: str, params: Any) -> tuple[Any, int]:
     Raises:
       InputError: when there is no checkpoint, it is damaged, or a parameter is missing, left over or of another shape.
     """
-    model_dir, step = locate(path)
-    folder = folder_of(model_dir, step)
+    model_dir, step = locations.locate(path)
+    folder = locations.folder_of(model_dir, step)
     return read_tree(folder, "params", params, read_metadata(folder)), step
 
 
 def _damaged(folder: pathlib.Path, what: str) -> DamagedCheckpoint:
-    others = [step for step in steps(str(folder.parent.parent)) if step != int(folder.name)]
+    others = [step for step in locations.steps(str(folder.parent.parent)) if step != int(folder.name)]
     hint = f" {folder.parent}/{others[0]} is there, too." if others else ""
     return DamagedCheckpoint(f"Checkpoint {folder} is damaged: {what}.{hint}")
 

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from recalign_jax.checkpoint.arrays import Array, whole
-from recalign_jax.checkpoint.saved import DIRECTORY
+from recalign_jax.checkpoint.locations import DIRECTORY
 
 CHUNK_BYTES = 2**24  # what a parameter is written in, so that a reader of a few layers need not read them all
 

@@ -17,9 +17,10 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from recalign_jax import terminal
-from recalign_jax.checkpoint import saved
+from recalign_jax.checkpoint import locations, saved
 from recalign_jax.checkpoint.fingerprints import fingerprints
-from recalign_jax.checkpoint.saved import DIRECTORY, DamagedCheckpoint
+from recalign_jax.checkpoint.locations import DIRECTORY
+from recalign_jax.checkpoint.saved import DamagedCheckpoint
 from recalign_jax.errors import InputError, RunError
 
 DAMAGED = "damaged_checkpoints"
@@ -118,9 +119,9 @@ def restore_newest(
       RunError: when it has some, but none is whole.
     """
     model_dir = str(checkpoints.directory.parent)
-    found = saved.steps(model_dir)
+    found = locations.steps(model_dir)
     for step in found:
-        folder = saved.folder_of(model_dir, step)
+        folder = locations.folder_of(model_dir, step)
         try:
             metadata = saved.agreed(folder, functools.partial(saved.read_metadata, folder))
             check(metadata)
@@ -176,7 +177,7 @@ class _Best(policies.PreservationPolicy):
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         del context
-        best = saved.read_best(self._model_dir)
+        best = locations.read_best(self._model_dir)
         return [best is not None and checkpoint.step == best["step"] for checkpoint in checkpoints]
 
 
@@ -196,7 +197,7 @@ def _writing(checkpoints: ocp.CheckpointManager) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever the file system or a library says
-        good = saved.steps(str(checkpoints.directory.parent))
+        good = locations.steps(str(checkpoints.directory.parent))
         newest = f"the newest whole one is of step {good[0]}" if good else "there is none yet"
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise RunError(

@@ -13,7 +13,7 @@ import gin
 from recalign_jax import terminal
 from recalign_jax.baselines import bprmf, itemknn, mf, popularity, sasrec, scores
 from recalign_jax.baselines.fit import FitOptions, Run, training_seconds
-from recalign_jax.checkpoint import saved
+from recalign_jax.checkpoint import locations
 from recalign_jax.corpus.corpus import Corpus, load_corpus
 from recalign_jax.errors import InputError
 from recalign_jax.evaluation import ranking, rating, report, results, retrieval
@@ -112,7 +112,7 @@ def _trained(args: argparse.Namespace, method: Method, corpus: Corpus, family: s
         with atomic_file(pathlib.Path(model_dir) / "config.gin") as aside:
             aside.write_text(gin.operative_config_str(), encoding="utf-8")
         seconds = round(training_seconds(model_dir), 1)
-        told = {"seed": args.seed, "best": saved.read_best(model_dir), "training_seconds": seconds}
+        told = {"seed": args.seed, "best": locations.read_best(model_dir), "training_seconds": seconds}
     # As `recalign eval` tells it: the evaluation is read in other folders.
     return answers, told | ({"model_dir": str(pathlib.Path(args.model_dir).absolute())} if args.model_dir else {})
 

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from recalign_jax import gin_config, partitioning, recommender, terminal
-from recalign_jax.checkpoint import saved
+from recalign_jax.checkpoint import locations, saved
 from recalign_jax.checkpoint.initial import load_trained
 from recalign_jax.errors import InputError
 from recalign_jax.evaluation import ranking, rating, retrieval
@@ -20,10 +20,7 @@ from recalign_jax.model.config import T5Config
 from recalign_jax.recommender import DecodingOptions
 from seqio_tasks import samples, task_names
 from seqio_tasks.specs import TaskSpec
-
-# Embedding rows come in multiples of this, whatever the mesh, so that a checkpoint fits every one: it suits the matrix
-# units, and is divided by every model axis of a power of two up to it.
-ROW_MULTIPLE = 128
+from seqio_tasks.vocabulary import embedding_rows
 
 # The families that recommend; the others help to learn it.
 EVALUATED = ("retrieval", "ranking", "rating", "rating_random")
@@ -51,8 +48,8 @@ def model_config(num_tokens: int) -> T5Config:
     """
     if "T5Config.emb_dim" not in gin_config.snapshot():
         raise InputError("No model given: --gin_file gin_configs/models/t5_tiny.gin, or another one there.")
-    rows = -(-num_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
-    return dataclasses.replace(gin.get_configurable(T5Config)(), vocab_size=rows, num_tokens=num_tokens)
+    config = gin.get_configurable(T5Config)()
+    return dataclasses.replace(config, vocab_size=embedding_rows(num_tokens), num_tokens=num_tokens)
 
 
 def task_fingerprints(specs: list[TaskSpec]) -> dict[str, str]:
@@ -84,7 +81,7 @@ def load_model(spec: TaskSpec, checkpoint_path: str, mesh_shape: dict[str, int] 
     _check_trained_for(spec, checkpoint_path)
     shapes = partitioning.with_shardings(t5.abstract_params(config), mesh)
     params, step = load_trained(checkpoint_path, config, shapes)
-    return Model(config, t5.graph(config), params, step, mesh, saved.model_dir_of(checkpoint_path))
+    return Model(config, t5.graph(config), params, step, mesh, locations.model_dir_of(checkpoint_path))
 
 
 def make_evaluation(

@@ -13,7 +13,7 @@ import gin
 import jax
 
 from recalign_jax import gin_config, host, partitioning, terminal
-from recalign_jax.checkpoint import saved
+from recalign_jax.checkpoint import locations
 from recalign_jax.checkpoint.initial import load_base, load_initial
 from recalign_jax.commands.common import EVALUATED, make_evaluation, model_config, task_fingerprints
 from recalign_jax.commands.eval import evaluation_command
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     terminal.say(f"Trained to step {result['step']}, loss {result['loss']:.4f}.")
     checkpoint = result["model_dir"]
     if best := result.get("best"):
-        checkpoint = f"{checkpoint}/{saved.BEST}"
+        checkpoint = f"{checkpoint}/{locations.BEST}"
         terminal.say(f"Best: {best['metric']} {best['value']:.4f} at step {best['step']}, {checkpoint}")
     if command := evaluation_command(args.gin_file, args.data_dir, checkpoint):
         terminal.next_step(*command)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from recalign_jax.checkpoint import saved
+from recalign_jax.checkpoint import locations, saved
 from recalign_jax.errors import InputError
 from recalign_jax.evaluation.report import EVALUATION_FILE
 from recalign_jax.reporting import gin_text
@@ -94,7 +94,7 @@ class Run:
     def best(self) -> dict[str, Any] | None:
         """`step`, `metric` and `value` of the best evaluation; None before the first one."""
         try:
-            best = saved.read_best(str(self.folder))
+            best = locations.read_best(str(self.folder))
         except (OSError, ValueError):
             best = None
         return best or steering.best_evaluation(self.records, self.metric)[0]
@@ -112,7 +112,7 @@ class Run:
     @property
     def last_written(self) -> float:
         """When the log or a checkpoint was written last, in seconds since 1970."""
-        paths = (self.folder / log.METRICS_FILE, self.folder / saved.DIRECTORY)
+        paths = (self.folder / log.METRICS_FILE, self.folder / locations.DIRECTORY)
         return max(path.stat().st_mtime for path in paths if path.exists())
 
 
@@ -204,9 +204,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _identity(folder: pathlib.Path) -> dict[str, Any]:
-    for step in saved.steps(str(folder)):
+    for step in locations.steps(str(folder)):
         try:
-            return saved.read_metadata(saved.folder_of(str(folder), step))["identity"]
+            return saved.read_metadata(locations.folder_of(str(folder), step))["identity"]
         except saved.DamagedCheckpoint:
             continue
     return {}

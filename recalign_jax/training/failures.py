@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from recalign_jax.checkpoint import saved
+from recalign_jax.checkpoint import locations
 from recalign_jax.errors import RunError
 from recalign_jax.files import atomic_file
 from recalign_jax.training import input_pipeline, memory
@@ -40,7 +40,7 @@ def not_finite(
     path = pathlib.Path(model_dir) / "not_finite" / f"step_{first}{process}.npz"
     with atomic_file(path) as aside, aside.open("wb") as file:
         np.savez_compressed(file, **batch)  # type: ignore[arg-type]
-    newest = next(iter(saved.steps(model_dir)), None)
+    newest = next(iter(locations.steps(model_dir)), None)
     return RunError(
         f"Loss or gradient is not finite in steps {first} to {step}. The batch of step {first} is in {path}. "
         f"The newest checkpoint is {'not there yet' if newest is None else f'of step {newest}'}; a lower "

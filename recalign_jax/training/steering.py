@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from recalign_jax.checkpoint import saved
+from recalign_jax.checkpoint import locations
 from recalign_jax.errors import RunError, did_you_mean
 
 # Metrics that are better when they are lower: losses, also of one task, and errors. What stands before, as the name of
@@ -53,4 +53,4 @@ def write_best(records: Sequence[Mapping[str, Any]], metric: str | None, model_d
         )
     best, _ = best_evaluation(records, metric)
     if best is not None and jax.process_index() == 0:
-        saved.write_best(model_dir, best)
+        locations.write_best(model_dir, best)

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from recalign_jax import partitioning, terminal
-from recalign_jax.checkpoint import saved
+from recalign_jax.checkpoint import locations, saved
 from recalign_jax.checkpoint import training as checkpointing
 from recalign_jax.checkpoint.saved import DamagedCheckpoint
 from recalign_jax.errors import InputError, Preempted, check_kinds
@@ -193,7 +193,7 @@ def train(
     # ---------------------------------------------------------------- what follows a logged step
     # A record counts once it is written: a run that was killed in an evaluation does it again when it is resumed.
     run_log = log.RunLog(options.model_dir, [record for record in records if record["step"] <= first_step])
-    kept = saved.steps(options.model_dir)
+    kept = locations.steps(options.model_dir)
 
     def has_checkpoint(record: dict[str, Any]) -> bool:
         """Whether it can be the best: with a metric that is new to a resumed run, earlier checkpoints may be gone."""
@@ -289,10 +289,10 @@ def _is_due(step: int, period: int, options: TrainOptions) -> bool:
 
 def _is_finished(options: TrainOptions, records: list[dict[str, Any]], check: Callable[[dict[str, Any]], None]) -> bool:
     """Whether there is nothing left to do, which the log and the newest checkpoint say."""
-    newest = next(iter(saved.steps(options.model_dir)), 0)
+    newest = next(iter(locations.steps(options.model_dir)), 0)
     if not records or not options.train_steps <= newest == records[-1]["step"]:
         return False
-    folder = saved.folder_of(options.model_dir, newest)
+    folder = locations.folder_of(options.model_dir, newest)
     try:
         check(saved.agreed(folder, functools.partial(saved.read_metadata, folder)))
     except DamagedCheckpoint:
@@ -328,4 +328,4 @@ def _evaluate(
 def _result(record: dict[str, Any], options: TrainOptions) -> dict[str, Any]:
     names = ("step", "loss", "tokens_per_second", "packing_efficiency")
     result = {name: record.get(name) for name in names} | {"model_dir": options.model_dir}
-    return result if options.best_metric is None else result | {"best": saved.read_best(options.model_dir)}
+    return result if options.best_metric is None else result | {"best": locations.read_best(options.model_dir)}
