@@ -10,7 +10,6 @@ import numpy as np
 
 from recalign_jax import gin_config, partitioning
 from recalign_jax.commands.common import model_config
-from recalign_jax.corpus.corpus import data_dir_or_default
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
 from recalign_jax.training import input_pipeline
@@ -18,7 +17,6 @@ from recalign_jax.training.input_pipeline import InputOptions, Stream
 from recalign_jax.training.optimizer import make_optimizer
 from recalign_jax.training.step import StepOptions, abstract_state, jit_train_step, make_train_step
 from seqio_tasks import components, task_names
-from seqio_tasks.tasks import register
 
 LEARNING_RATE = 1e-3
 
@@ -53,9 +51,8 @@ def set_up(args: argparse.Namespace) -> tuple[str, Stream, T5Config]:
 def set_up_data(args: argparse.Namespace, **options: Any) -> tuple[str, Stream]:
     """The mixture's name, and its samples; `options` are more of InputOptions."""
     name = str(task_names.split_name(f"{args.corpus}_{args.mixture}", args.data_dir))
-    register(str(data_dir_or_default(args.data_dir) / args.corpus), args.vocabulary)
     lengths = {"inputs": args.inputs, "targets": args.targets}
-    tasks = components.components(name)
+    tasks = components.of_corpora(name, args.vocabulary, args.data_dir)
     return name, input_pipeline.make_stream(tasks, "train", 0, InputOptions(lengths, **options))
 
 

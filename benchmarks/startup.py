@@ -95,7 +95,7 @@ def ours(corpus: str, variables: dict[str, str], folder: pathlib.Path, cached: d
         "parameters": lambda told: (folder / "config.gin").exists(),
         "first_step": lambda told: metrics.exists() and metrics.stat().st_size > 0,
     }
-    imports = "import recalign_jax.commands.train, seqio_tasks.tasks; print('imported', flush=True)"
+    imports = "import recalign_jax.commands.train; print('imported', flush=True)"
     imported = until([sys.executable, "-c", imports], {}, {"imports": lambda told: "imported" in told})
     return imported | until(command, {**variables, **cached}, marks)
 

@@ -1,21 +1,24 @@
 """What the trainer reads: the tasks of a mixture as samples by index, and their rates.
 
-Tasks of prepared corpora are rendered sample by sample. A task that is SeqIO only is run through tf.data, an epoch
+Tasks of prepared corpora are rendered sample by sample, and known by their names: they need neither SeqIO nor
+TensorFlow, whose import takes seconds. A task that is SeqIO only is run through tf.data, an epoch
 at a time, and that epoch is kept in memory: so its samples, too, are known by index, and a run resumes as exactly.
 """
 
 import dataclasses
+import pathlib
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
 from recalign_jax import terminal
+from recalign_jax.corpus.corpus import load_corpus
 from recalign_jax.errors import InputError, did_you_mean
-from seqio_tasks import ambiguity, samples
-from seqio_tasks.specs import TaskSpec
+from seqio_tasks import ambiguity, samples, specs, task_names, vocabulary
+from seqio_tasks.specs import TaskOptions, TaskSpec
 from seqio_tasks.writing import Limits, Sample
 
 _FEATURES = ("inputs", "targets")
@@ -122,8 +125,33 @@ def _tokens(row: dict[str, np.ndarray], name: str, task: str) -> np.ndarray:
     return tokens.astype(np.int32)
 
 
-def components(name: str, lengths: Mapping[str, int] | None = None) -> list[tuple[Component, float]]:
-    """The tasks of a registered task or mixture with their mixing rates, which sum to one.
+def of_corpora(name: str, vocabulary_path: str, data_dir: str | pathlib.Path | None) -> list[tuple[Component, float]]:
+    """The tasks of a task or mixture of prepared corpora with their mixing rates, which sum to one.
+
+    What `seqio_tasks.register` registers under that name, with the options that gin holds; of several corpora there are
+    mixtures as well.
+
+    Args:
+      name: of the task or mixture.
+      vocabulary_path: of a SentencePiece model in T5's layout.
+      data_dir: where corpora are.
+
+    Raises:
+      InputError: for an unknown name, a vocabulary that doesn't fit, or a corpus that gives no train examples.
+    """
+    parts, words, options = task_names.split_name(name, data_dir), vocabulary.load(vocabulary_path), TaskOptions()
+    found: list[CorpusTask] = []
+    for corpus in (load_corpus(corpus, data_dir) for corpus in parts.corpora):
+        families = task_names.MIXTURES.get(parts.base, (parts.base,))
+        if parts.base == "all":  # what the corpus can give
+            families = task_names.mixtures(specs.can_be_rated(corpus))["all"]
+        for family in families:
+            found.append(_corpus_task(specs.make_spec(corpus, family, parts.item_format, words, options)))
+    return _with_shares(name, [(task, _rate(task)) for task in found])
+
+
+def registered(name: str, lengths: Mapping[str, int] | None = None) -> list[tuple[Component, float]]:
+    """The tasks of a task or mixture in the SeqIO registry with their mixing rates, which sum to one.
 
     Args:
       name: of the task or mixture.
@@ -142,12 +170,10 @@ def components(name: str, lengths: Mapping[str, int] | None = None) -> list[tupl
         raise InputError(f"Unknown task or mixture {name!r}.{did_you_mean(name, known)}")
     provider = seqio.get_mixture_or_task(name)
     found: list[Component] = []
-    tasks = sorted(seqio.get_subtasks(provider), key=lambda task: task.name)
+    tasks = list(seqio.get_subtasks(provider))
     for task in tasks:
         if isinstance(task.source, SampleSource):
-            spec = task.source.spec
-            ambiguity.warn_of_ambiguous_items(spec.corpus, spec.catalog, spec.vocabulary)
-            found.append(CorpusTask(spec))
+            found.append(_corpus_task(task.source.spec))
             continue
         if not set(_FEATURES) <= set(task.output_features):
             raise InputError(
@@ -156,6 +182,26 @@ def components(name: str, lengths: Mapping[str, int] | None = None) -> list[tupl
         terminal.say(f"Task {task.name} is read through tf.data: an epoch of it is kept in memory.")
         found.append(SeqioTask(task, lengths or {}))
     rates = [provider.get_rate(task) if isinstance(provider, seqio.Mixture) else 1.0 for task in tasks]
-    if not sum(rates) > 0:
+    return _with_shares(name, zip(found, rates, strict=True))
+
+
+def _corpus_task(spec: TaskSpec) -> CorpusTask:
+    ambiguity.warn_of_ambiguous_items(spec.corpus, spec.catalog, spec.vocabulary)
+    return CorpusTask(spec)
+
+
+def _rate(task: CorpusTask) -> float:
+    """As `seqio.mixing_rate_num_examples`: examples, at most so many, to the power of 1 / temperature."""
+    count, options = task.num_examples("train"), task.spec.options
+    if options.mixture_maximum is not None:
+        count = min(count, options.mixture_maximum)
+    return count ** (1 / options.mixture_temperature)
+
+
+def _with_shares(name: str, found: Iterable[tuple[Component, float]]) -> list[tuple[Component, float]]:
+    """Tasks with their rates, by name: the rates as parts of their sum."""
+    ordered = sorted(found, key=lambda pair: pair[0].name)
+    total = sum(float(rate) for _, rate in ordered)  # in one order, that the last bit doesn't depend on who calls
+    if not total > 0:
         raise InputError(f"{name} has no train examples: users may have too few interactions.")
-    return [(component, float(rate) / sum(rates)) for component, rate in zip(found, rates, strict=True)]
+    return [(component, float(rate) / total) for component, rate in ordered]

@@ -158,13 +158,6 @@ def _register(corpus: Corpus, words: vocabulary.Vocabulary, options: TaskOptions
     return names
 
 
-def register_joint(name: TaskName) -> str:
-    """Registers a mixture over several corpora, all of which are registered, and returns its name."""
-    families = task_names.MIXTURES.get(name.base, (name.base,))
-    tasks = [name.of(corpus, family) for corpus in name.corpora for family in families]
-    return _add_mixture(str(name), [task for task in tasks if task in seqio.TaskRegistry.names()], TaskOptions())
-
-
 def _add_mixture(name: str, tasks: Sequence[str], options: TaskOptions) -> str:
     rate = functools.partial(
         seqio.mixing_rate_num_examples, maximum=options.mixture_maximum, temperature=options.mixture_temperature

@@ -15,7 +15,7 @@ from recalign_jax import cli
 from recalign_jax.errors import InputError
 from recalign_jax.training import input_pipeline
 from recalign_jax.training.input_pipeline import InputOptions
-from seqio_tasks.components import CorpusTask, SeqioTask, components
+from seqio_tasks.components import CorpusTask, SeqioTask, registered
 from seqio_tasks.writing import Limits
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -59,7 +59,7 @@ def test_the_documented_example_trains_and_resumes(example):
 
 
 def test_its_samples_are_those_of_seqio_by_index_and_differ_between_epochs(example):
-    found = {task.name: (task, rate) for task, rate in components("shop_retrieval_and_order", LENGTHS)}
+    found = {task.name: (task, rate) for task, rate in registered("shop_retrieval_and_order", LENGTHS)}
     assert {name: type(task) for name, (task, _) in found.items()} == {
         "shop_retrieval": CorpusTask,
         "shop_order": SeqioTask,
@@ -85,7 +85,7 @@ def test_its_samples_are_those_of_seqio_by_index_and_differ_between_epochs(examp
 
 def test_workers_are_refused(example):
     options = InputOptions(LENGTHS, batch_size=4, workers=1)
-    stream = input_pipeline.make_stream(components("shop_order", LENGTHS), "train", 0, options)
+    stream = input_pipeline.make_stream(registered("shop_order", LENGTHS), "train", 0, options)
     with pytest.raises(InputError, match="can't be read by worker processes"):
         stream.tasks[0].__reduce__()
 
@@ -104,7 +104,7 @@ def test_a_task_whose_features_are_no_tokens_is_an_input_error():
             for name in ("inputs", "targets")
         },
     )
-    [(task, _)] = components("floats", LENGTHS)
+    [(task, _)] = registered("floats", LENGTHS)
     with pytest.raises(InputError, match="'floats': inputs must be token ids"):
         task.num_examples("train")
     assert task.num_examples("validation") == 0

@@ -12,8 +12,8 @@ import tensorflow as tf
 import seqio_tasks
 from recalign_jax.corpus.corpus import check_name
 from recalign_jax.errors import InputError
-from seqio_tasks import ambiguity, prompts, samples, specs, task_names, tasks, writing
-from seqio_tasks.components import components
+from seqio_tasks import ambiguity, components, prompts, samples, specs, task_names, writing
+from seqio_tasks.components import registered
 from seqio_tasks.writing import Limits
 from tests.corpora import prepared, write_tables
 
@@ -24,7 +24,7 @@ NAMES = {f"shop_{base}{suffix}" for base in (*FAMILIES, *MIXTURES) for suffix in
 
 
 @pytest.fixture(scope="module", autouse=True)
-def registered(shop_corpus, shop_words):
+def names(shop_corpus, shop_words):
     return register_again(shop_corpus, shop_words)
 
 
@@ -53,9 +53,9 @@ def rendered(name: str, split: str, **options) -> list[tuple[tuple[int, ...], ..
 # Registration.
 
 
-def test_registration(registered):
-    assert set(registered) == NAMES == set(task_names.names_for("shop", rated=True))
-    assert len(registered) == len(NAMES)
+def test_registration(names):
+    assert set(names) == NAMES == set(task_names.names_for("shop", rated=True))
+    assert len(names) == len(NAMES)
     assert NAMES.issubset({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
 
 
@@ -157,17 +157,17 @@ def test_the_mixture_is_proportional_to_examples():
     counts = {task.name: samples.num_examples(task.source.spec, "train") for task in mixture.tasks}
     assert set(counts) == {"shop_retrieval", "shop_mim", "shop_mlm"}
     assert {task.name: mixture.get_rate(task) for task in mixture.tasks} == counts
-    found = {task.name: rate for task, rate in components("shop_retrieval_aligned")}
+    found = {task.name: rate for task, rate in registered("shop_retrieval_aligned")}
     assert found == pytest.approx({name: count / sum(counts.values()) for name, count in counts.items()}, rel=1e-12)
-    [(task, rate)] = components("shop_mim_token")
+    [(task, rate)] = registered("shop_mim_token")
     assert (task.name, rate) == ("shop_mim_token", 1.0)
 
 
 def test_maximum_and_temperature_change_the_rates(shop_corpus, shop_words):
-    counts = {task.name: task.num_examples("train") for task, _ in components("shop_retrieval_aligned")}
+    counts = {task.name: task.num_examples("train") for task, _ in registered("shop_retrieval_aligned")}
     try:
         register_again(shop_corpus, shop_words, mixture_maximum=100, mixture_temperature=2.0)
-        rates = {task.name: rate for task, rate in components("shop_retrieval_aligned")}
+        rates = {task.name: rate for task, rate in registered("shop_retrieval_aligned")}
     finally:
         register_again(shop_corpus, shop_words)
     roots = {name: min(count, 100) ** 0.5 for name, count in counts.items()}
@@ -178,7 +178,7 @@ def test_maximum_and_temperature_change_the_rates(shop_corpus, shop_words):
 def test_a_mixture_draws_at_its_rates(name):
     dataset = seqio.get_mixture_or_task(name).get_dataset(None, "train", seed=0)
     rows = list(dataset.take(3000).as_numpy_iterator())
-    spec = components(name)[0][0].spec
+    spec = registered(name)[0][0].spec
     asked = {family: wordings[0][2] for family, wordings in prompts.TEMPLATES.items()}
     question = {family: " ".join(map(str, spec.vocabulary.encode([text])[0])) for family, text in asked.items()}
 
@@ -187,24 +187,55 @@ def test_a_mixture_draws_at_its_rates(name):
         return found
 
     drawn = Counter(family_of(" ".join(map(str, row["inputs"]))) for row in rows)
-    rates = {task.spec.family: rate for task, rate in components(name)}
+    rates = {task.spec.family: rate for task, rate in registered(name)}
     assert set(drawn) == set(rates)
     for family, rate in rates.items():
         assert abs(drawn[family] / len(rows) - rate) < 4 * (rate * (1 - rate) / len(rows)) ** 0.5
 
 
+@pytest.mark.parametrize("options", [{}, {"mixture_maximum": 100, "mixture_temperature": 2.0}])
+def test_the_trainer_finds_by_name_what_is_registered(shop_corpus, shop_words, data_dir, options):
+    """Without SeqIO; the rates are SeqIO's."""
+    try:
+        register_again(shop_corpus, shop_words, **options)
+        for name in sorted(NAMES):
+            found = of_corpora(name, shop_words, data_dir, **options)
+            there = registered(name)
+            assert [(task.name, rate) for task, rate in found] == [(task.name, rate) for task, rate in there]
+            for (task, _), (other, _) in zip(found, there, strict=True):
+                assert task.spec.options == other.spec.options
+                for split in ("train", "test"):
+                    one, two = (t.render(split, 3, 0, 5, Limits(**LENGTHS)) for t in (task, other))
+                    assert [one.inputs.tolist(), one.targets.tolist()] == [two.inputs.tolist(), two.targets.tolist()]
+    finally:
+        register_again(shop_corpus, shop_words)
+
+
+def of_corpora(name: str, words, data_dir, **options):
+    for option, value in {"training_wordings": 1, **options}.items():
+        gin.bind_parameter(f"TaskOptions.{option}", value)
+    try:
+        return components.of_corpora(name, words.path, data_dir)
+    finally:
+        gin.clear_config()
+
+
 def test_a_mixture_of_two_corpora_holds_the_tasks_of_both(shop_corpus, shop_words, data_dir, tmp_path):
-    other = prepared("tables", write_tables(tmp_path, [("u", f"i{n}", n) for n in range(9)]), data_dir, "corner")
-    seqio_tasks.register(str(other.directory), shop_words.path)
-    name = task_names.split_name("shop.corner_all", data_dir)
-    assert tasks.register_joint(name) == "shop.corner_all"
-    counts = {task.name: task.num_examples("train") for task, _ in components("shop.corner_all")}
+    prepared("tables", write_tables(tmp_path, [("u", f"i{n}", n) for n in range(9)]), data_dir, "corner")
+    found = of_corpora("shop.corner_all", shop_words, data_dir)
+    counts = {task.name: task.num_examples("train") for task, _ in found}
     families = ("retrieval", "ranking", "mim", "mlm", "bpr")
     assert set(counts) == {f"{corpus}_{f}" for corpus in ("shop", "corner") for f in families} | {"shop_rating"}
-    rates = {task.name: rate for task, rate in components("shop.corner_all")}
+    rates = {task.name: rate for task, rate in found}
     assert rates == pytest.approx({name: count / sum(counts.values()) for name, count in counts.items()})
-    tasks.register_joint(task_names.split_name("shop.corner_mim", data_dir))
-    assert {task.name for task, _ in components("shop.corner_mim")} == {"shop_mim", "corner_mim"}
+    found = of_corpora("shop.corner_mim", shop_words, data_dir)
+    assert [task.name for task, _ in found] == ["corner_mim", "shop_mim"]
+
+
+def test_a_corpus_too_small_for_a_task_is_an_input_error(shop_words, data_dir, tmp_path):
+    prepared("tables", write_tables(tmp_path, [("u", f"i{n}", n) for n in range(3)]), data_dir, "kiosk")
+    with pytest.raises(InputError, match="kiosk_mim has no train examples"):
+        of_corpora("kiosk_mim", shop_words, data_dir)
 
 
 def test_seqios_own_packing_runs_on_the_mixture():
@@ -250,7 +281,7 @@ def test_components_of_unknown_names(name, message):
             output_features={"inputs": seqio.Feature(seqio.PassThroughVocabulary(9))},
         )
     with pytest.raises(InputError, match=message):
-        components(name)
+        registered(name)
 
 
 @pytest.fixture
@@ -346,12 +377,12 @@ def test_titles_that_the_vocabulary_cannot_write_are_told_of_once(tmp_path, t5_w
     assert "abroad_retrieval_token; `recalign vocab --corpus abroad --size N`" in told
     make("abroad_mim")
     seqio_tasks.register(str(tmp_path / "abroad"), t5_words.path)
-    components("abroad_retrieval_aligned")
+    registered("abroad_retrieval_aligned")
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(ambiguity, "_told", set())
-    components("abroad_retrieval_aligned_token")
+    registered("abroad_retrieval_aligned_token")
     assert capsys.readouterr().err == ""
-    components("abroad_all")
+    registered("abroad_all")
     assert capsys.readouterr().err.count("warning: abroad: of 7 items") == 1
 
 

@@ -77,14 +77,15 @@ def train_command(
     initial_checkpoint: str | None = None,
     evaluate_recommendations: bool = True,
 ) -> dict[str, Any]:
-    """Registers tasks with SeqIO, puts the parts of a run together, and trains.
+    """Puts the parts of a run together, and trains.
 
     Args:
       data_dir: where corpora are.
       told_to_leave: tells of SIGTERM.
       model_dir: MODEL_DIR.
-      mixture_or_task_name: what to train on, by its name in the SeqIO registry.
-      mixture_or_task_module: a Python module to import first, that registers tasks of its own.
+      mixture_or_task_name: what to train on, as it is called in the SeqIO registry.
+      mixture_or_task_module: a Python module to import first, that registers tasks of its own; without one, a task or
+        mixture of prepared corpora.
       vocabulary: a SentencePiece model, see `vocabularies.find`.
       initial_checkpoint: what a new run starts from, see `load_initial`; None starts from random parameters.
       evaluate_recommendations: whether the mixture's recommendation tasks are evaluated on the validation split,
@@ -95,12 +96,15 @@ def train_command(
     )
     model_dir = gin_config.required("MODEL_DIR", model_dir, "DIR")
     vocabulary = vocabularies.find(gin_config.required("VOCABULARY", vocabulary, "PATH"), data_dir)
-    mixture_or_task_name = register(mixture_or_task_name, mixture_or_task_module, vocabulary, data_dir)
 
     if initial_checkpoint is not None:
         initial_checkpoint = str(initial_checkpoint)  # a folder may be called 2024
     options, input_options = TrainOptions(model_dir=model_dir), InputOptions()
-    components = task_components.components(mixture_or_task_name, input_options.task_feature_lengths)
+    if mixture_or_task_module is None:
+        components = task_components.of_corpora(mixture_or_task_name, vocabulary, data_dir)
+    else:
+        import_tasks(mixture_or_task_module, vocabulary, data_dir)
+        components = task_components.registered(mixture_or_task_name, input_options.task_feature_lengths)
     task_specs = [component.spec for component, _ in components if isinstance(component, CorpusTask)]
     mesh = partitioning.make_mesh(options.mesh)
     if mesh.devices.flat[0].platform == "cpu":
@@ -155,25 +159,16 @@ def train_command(
     return result
 
 
-def register(name: str, module: str | None, vocabulary: str, data_dir: str | None) -> str:
-    """Registers what a run trains on and returns its name as SeqIO has it (of the default format without suffix).
+def import_tasks(module: str, vocabulary: str, data_dir: str | None) -> None:
+    """Imports a module that registers tasks of its own with SeqIO.
 
-    A task or mixture of prepared corpora is known by its name. Any other comes from a module, which is imported and
-    may call `seqio_tasks.register()` for all corpora of the data directory.
+    It may call `seqio_tasks.register()` for all corpora of the data directory.
 
     Raises:
-      InputError: when there is no such task, or the module can't be imported.
+      InputError: when there is no such module.
     """
-    import seqio_tasks
-    from seqio_tasks import tasks
-
-    root = data_dir_or_default(data_dir)
-    if module is None:
-        parts = task_names.split_name(name, data_dir)
-        for corpus in parts.corpora:
-            seqio_tasks.register(str(root / corpus), vocabulary)
-        return tasks.register_joint(parts) if len(parts.corpora) > 1 else str(parts)
-    os.environ["RECALIGN_DATA_DIR"], os.environ["RECALIGN_VOCABULARY"] = str(root), vocabulary
+    os.environ["RECALIGN_DATA_DIR"] = str(data_dir_or_default(data_dir))
+    os.environ["RECALIGN_VOCABULARY"] = vocabulary
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where a user's own module lies
     try:
@@ -181,7 +176,6 @@ def register(name: str, module: str | None, vocabulary: str, data_dir: str | Non
     except ModuleNotFoundError as error:
         raise InputError(f"MIXTURE_OR_TASK_MODULE {module!r} can't be imported: {error}. It is looked for in the "
                          "current folder and on PYTHONPATH.") from None  # fmt: skip
-    return name
 
 
 def evaluated(task_specs: list[TaskSpec]) -> Iterator[tuple[TaskSpec, str]]:
