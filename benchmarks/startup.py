@@ -131,6 +131,7 @@ def until(command: Sequence[str], variables: dict[str, str], marks: dict[str, Ca
       The seconds until each was seen.
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # Python compiles a module once, not in every process
     times: Times = {}
     with tempfile.NamedTemporaryFile("w+") as told:
         started = time.perf_counter()
