@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"recalign {name}: {terminal.prefix()}{error.message}", file=sys.stderr)
         return distributed.end(error.exit_status, error.message, together=isinstance(error, Preempted))
     except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:  # a path that was given
-        message = f"{error.strerror}: {error.filename}"
+        message = f"{error.strerror}: {error.filename2 or error.filename}"
         print(f"recalign {name}: {terminal.prefix()}{message}", file=sys.stderr)
         return distributed.end(InputError.exit_status, message)
     except KeyboardInterrupt:

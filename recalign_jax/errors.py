@@ -85,7 +85,7 @@ def check_kinds(options: Any) -> None:
 
 
 def check_least(options: Any, least: float, *names: str) -> None:
-    """Raises InputError when one of the named fields of a dataclass is below `least`, or no number."""
+    """Raises InputError when one of the named fields of a dataclass is below `least`, or NaN."""
     for name in names:
         value = getattr(options, name)
         if not value >= least:

@@ -111,12 +111,15 @@ def _locked_directory(target: pathlib.Path) -> tuple[pathlib.Path, int]:
     """Makes a directory beside `target`; a lock on it lasts as long as the descriptor, or this process, does."""
     while True:
         aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.partial.", dir=target.parent))
-        descriptor = os.open(aside, os.O_RDONLY)
+        try:
+            descriptor = os.open(aside, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # another writer took it for abandoned before it was locked
         with contextlib.suppress(OSError):  # no locks here: then nobody else gets one, and nothing is removed
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if aside.exists():
             return aside, descriptor
-        os.close(descriptor)  # another writer took it for abandoned before it was locked
+        os.close(descriptor)
 
 
 def _remove_abandoned(target: pathlib.Path) -> None:

@@ -77,10 +77,15 @@ class SeqioTask:
         self._task = task
         self._lengths = dict(lengths)
         self._epochs: dict[tuple[str, int, int], list[Sample]] = {}
+        self._counts: dict[str, int] = {}
         self._lock = threading.Lock()  # the threads of the shards ask for the same epoch
 
     def num_examples(self, split: str) -> int:
-        return len(self._epoch(split, 0, 0)) if split in self._task.splits else 0
+        if split not in self._task.splits:
+            return 0
+        if split not in self._counts:
+            self._counts[split] = len(self._epoch(split, 0, 0))
+        return self._counts[split]
 
     def render(self, split: str, index: int, epoch: int, seed: int, limits: Limits) -> Sample:
         rows = self._epoch(split, epoch if split == "train" else 0, seed)
@@ -144,7 +149,7 @@ def of_corpora(name: str, vocabulary_path: str, data_dir: str | pathlib.Path | N
     for corpus in (load_corpus(corpus, data_dir) for corpus in parts.corpora):
         families = task_names.MIXTURES.get(parts.base, (parts.base,))
         if parts.base == "all":  # what the corpus can give
-            families = task_names.mixtures(specs.can_be_rated(corpus))["all"]
+            families = task_names.mixtures(specs.gives_ratings(corpus))["all"]
         for family in families:
             found.append(_corpus_task(specs.make_spec(corpus, family, parts.item_format, words, options)))
     return _with_shares(name, [(task, _rate(task)) for task in found])
@@ -195,7 +200,13 @@ def _rate(task: CorpusTask) -> float:
     count, options = task.num_examples("train"), task.spec.options
     if options.mixture_maximum is not None:
         count = min(count, options.mixture_maximum)
-    return count ** (1 / options.mixture_temperature)
+    try:
+        return float(count ** (1 / options.mixture_temperature))
+    except OverflowError:
+        raise InputError(
+            f"MIXTURE_TEMPERATURE is {options.mixture_temperature}: {count} examples to the power of its inverse are "
+            "no number. From 1 upwards tasks come nearer to equal parts; 1 is proportional."
+        ) from None
 
 
 def _with_shares(name: str, found: Iterable[tuple[Component, float]]) -> list[tuple[Component, float]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import gin
 
+from recalign_jax import terminal
 from recalign_jax.corpus.candidates import NEGATIVES, NUM_TEST_NEGATIVES
 from recalign_jax.corpus.catalog import FIELDS, Catalog, Pieces, build_catalog, item_pieces
 from recalign_jax.corpus.corpus import Corpus, load_corpus
@@ -175,6 +176,14 @@ def make_spec(corpus: Corpus, family: str, item_format: str, words: Vocabulary, 
 def can_be_rated(corpus: Corpus) -> bool:
     """Whether a corpus has ratings, and so few different ones that a model can write each."""
     return corpus.ratings is not None and corpus.num_rating_values <= MAX_RATING_VALUES
+
+
+def gives_ratings(corpus: Corpus) -> bool:
+    """`can_be_rated`, with a warning where there are ratings, but too many different ones."""
+    rated = can_be_rated(corpus)
+    if corpus.ratings is not None and not rated:
+        terminal.warn(f"{corpus.name} has {corpus.num_rating_values} different ratings: too many for rating tasks.")
+    return rated
 
 
 def _check_ratings(corpus: Corpus) -> None:

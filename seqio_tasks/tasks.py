@@ -133,9 +133,7 @@ def register(corpus_dir: str | None = None, vocabulary_path: str | None = None) 
 
 
 def _register(corpus: Corpus, words: vocabulary.Vocabulary, options: TaskOptions) -> list[str]:
-    rated = specs.can_be_rated(corpus)
-    if corpus.ratings is not None and not rated:
-        terminal.warn(f"{corpus.name} has {corpus.num_rating_values} different ratings: too many for rating tasks.")
+    rated = specs.gives_ratings(corpus)
     names = []
     for item_format in ITEM_FORMATS:
         for family in task_names.families(rated):

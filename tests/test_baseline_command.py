@@ -81,6 +81,9 @@ def test_ratings_of_the_random_split_are_another_training(run, tmp_path, shop_co
         ("popularity", ("--family", "rating"), "popularity doesn't answer rating; it answers retrieval and ranking"),
         ("mf", ("--family", "retrieval"), "mf doesn't answer retrieval"),
         ("sasrec", ("--gin.SasrecOptions.widht=8",), "widht"),
+        ("sasrec", ("--gin.SasrecOptions.epochs=3.5",), "SasrecOptions.epochs is 3.5: must be a whole number"),
+        ("itemknn", ("--gin.ItemKnnOptions.neighbours=abc",), "ItemKnnOptions.neighbours is 'abc': must be"),
+        ("popularity", ("--gin.PopularityOptions.newest=half",), "PopularityOptions.newest is 'half': must be"),
     ],
 )
 def test_bad_input(run, method, arguments, text):

@@ -12,9 +12,11 @@ import seqio
 import tensorflow as tf
 
 from recalign_jax import cli
+from recalign_jax.commands import train
 from recalign_jax.errors import InputError
 from recalign_jax.training import input_pipeline
 from recalign_jax.training.input_pipeline import InputOptions
+from seqio_tasks import components
 from seqio_tasks.components import CorpusTask, SeqioTask, registered
 from seqio_tasks.writing import Limits
 
@@ -81,6 +83,27 @@ def test_its_samples_are_those_of_seqio_by_index_and_differ_between_epochs(examp
         assert words.decode(one.targets[:-1]) in words.decode(one.inputs)
         assert one.inputs[-1] == one.targets[-1] == 1
     assert 0 < changed < len(first)
+
+
+def test_its_examples_are_counted_once(example, monkeypatch):
+    """Whatever epochs are kept: at the end of one, three would be asked for in turn."""
+    monkeypatch.setattr(components, "_KEPT_ROWS", 0)
+    task = {task.name: task for task, _ in registered("shop_retrieval_and_order", LENGTHS)}["shop_order"]
+    ran = []
+    monkeypatch.setattr(task, "_run", lambda split, seed, run=task._run: (ran.append(seed), run(split, seed))[1])
+    for epoch in (3, 4, 3, 4):
+        assert task.num_examples("train")
+        task.render("train", 0, epoch, 7, Limits(**LENGTHS))
+    assert len(ran) == 3
+
+
+def test_tensorflow_is_kept_off_the_devices_before_a_module_is_imported(tmp_path, monkeypatch):
+    imported = []
+    monkeypatch.setattr(train.importlib, "import_module", imported.append)
+    for name in ("RECALIGN_DATA_DIR", "RECALIGN_VOCABULARY"):
+        monkeypatch.setenv(name, "")
+    train.import_tasks("my_tasks", "words.model", str(tmp_path))
+    assert imported == ["seqio_tasks.tasks", "my_tasks"]
 
 
 def test_workers_are_refused(example):

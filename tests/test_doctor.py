@@ -2,6 +2,9 @@
 
 import importlib.metadata
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -47,6 +50,17 @@ def test_a_bad_mesh_is_one_failed_check_among_the_others(capsys, monkeypatch):
     assert "Set one axis to -1" in result["by_name"]["mesh"]["text"]
     assert result["by_name"]["train step"]["status"] == "warn"
     assert any(line.startswith("fail  mesh: MESH") for line in result["lines"])
+
+
+def test_a_backend_that_is_not_there_is_failed_checks():
+    command = [sys.executable, "-m", "recalign_jax.cli", "doctor", "--json"]
+    environment = os.environ | {"JAX_PLATFORMS": "no_such_one"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["ok"], result["devices"], result["platform"]) == (False, None, None)
+    assert {check["name"]: check["status"] for check in result["checks"]}["devices"] == "fail"
+    assert "Traceback" not in done.stderr
 
 
 @pytest.fixture

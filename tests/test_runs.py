@@ -86,9 +86,11 @@ def test_a_baseline_has_its_configuration_when_it_ends(tmp_path, capsys):
 def test_a_counted_baseline_is_its_evaluation(tmp_path, capsys):
     (tmp_path / "popularity").mkdir()
     told = {"retrieval": {"ndcg@10": 0.1, "users": 3}, "method": "popularity", "split": "test"}
+    told["corpus"] = "shop"
     (tmp_path / "popularity" / "metrics.json").write_text(json.dumps(told))
     one = listed(tmp_path, capsys)["popularity"]
     assert (one["of"], one["state"], one["step"]) == ("popularity", "finished", None)
+    assert one["corpora"] == ["shop"]
 
 
 @pytest.mark.parametrize("told", [None, {"retrieval": {"ndcg@10": 0.1, "users": 3}, "split": "test"}, {"something": 1}])

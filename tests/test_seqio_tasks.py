@@ -238,6 +238,21 @@ def test_a_corpus_too_small_for_a_task_is_an_input_error(shop_words, data_dir, t
         of_corpora("kiosk_mim", shop_words, data_dir)
 
 
+def test_too_many_different_ratings_are_told_of(shop_words, data_dir, tmp_path, capsys):
+    rows = [(f"u{user}", f"i{n}", n, user + n / 10) for user in range(15) for n in range(9)]
+    prepared("tables", write_tables(tmp_path, rows), data_dir, "fine")
+    capsys.readouterr()
+    assert "fine_rating" not in [task.name for task, _ in of_corpora("fine_all", shop_words, data_dir)]
+    assert "fine has 135 different ratings: too many for rating tasks" in capsys.readouterr().err
+    with pytest.raises(InputError, match="135 different ratings; written as text"):
+        of_corpora("fine_rating_aligned", shop_words, data_dir)
+
+
+def test_a_temperature_that_no_rate_can_have_is_an_input_error(shop_words, data_dir):
+    with pytest.raises(InputError, match=r"MIXTURE_TEMPERATURE is 0\.001"):
+        of_corpora("shop_retrieval_aligned", shop_words, data_dir, mixture_temperature=0.001)
+
+
 def test_seqios_own_packing_runs_on_the_mixture():
     lengths = {"inputs": 800, "targets": 128}
     dataset = seqio.get_dataset(

@@ -18,7 +18,7 @@ from recalign_jax.baselines.scores import Scores
 from recalign_jax.checkpoint import locations, saved
 from recalign_jax.checkpoint import training as checkpointing
 from recalign_jax.corpus.corpus import Corpus
-from recalign_jax.errors import InputError, RunError, check_least
+from recalign_jax.errors import InputError, RunError, check_kinds, check_least
 from recalign_jax.evaluation import retrieval
 from recalign_jax.evaluation.results import EvaluationOptions
 from recalign_jax.training import log, steering
@@ -50,6 +50,7 @@ class FitOptions:
     averaging: float = 0.0
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         check_least(self, 1, "epochs", "eval_period", "patience")
         check_least(self, 0, "averaging", "weight_decay")
         if not self.learning_rate > 0:

@@ -14,7 +14,7 @@ import scipy.sparse
 from recalign_jax.baselines.scores import Scores
 from recalign_jax.corpus.corpus import Corpus
 from recalign_jax.corpus.neighbours import users_items
-from recalign_jax.errors import InputError
+from recalign_jax.errors import InputError, check_kinds
 from seqio_tasks.examples import Query
 
 # Pairs are counted for as many items at a time as have about so many of them, which takes some 150 MB.
@@ -39,6 +39,7 @@ class ItemKnnOptions:
     decay: float = 0.6
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if self.neighbours < 1:
             raise InputError(f"ItemKnnOptions.neighbours is {self.neighbours}: must be at least 1.")
         if not self.shrink >= 0:

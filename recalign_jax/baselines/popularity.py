@@ -9,7 +9,7 @@ import numpy as np
 from recalign_jax import terminal
 from recalign_jax.baselines.scores import Scores
 from recalign_jax.corpus.corpus import Corpus
-from recalign_jax.errors import InputError
+from recalign_jax.errors import InputError, check_kinds
 
 
 @gin.configurable
@@ -24,6 +24,7 @@ class PopularityOptions:
     newest: float = 1.0
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if not 0 < self.newest <= 1:
             raise InputError(f"PopularityOptions.newest is {self.newest}: give a share above 0, at most 1.")
 

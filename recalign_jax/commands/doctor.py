@@ -1,6 +1,7 @@
 """`recalign doctor`: whether this machine can train; run it first on a new one."""
 
 import argparse
+import contextlib
 import importlib.metadata
 import pathlib
 import shutil
@@ -89,8 +90,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     terminal.say("All is well." if ok else "Something is broken: see the lines that begin with fail.")
     if ok:
         terminal.next_step("recalign", "prepare", "--help")
-    about = {"platform": jax.default_backend(), "device_kind": jax.devices()[0].device_kind}
-    return {"ok": ok, "devices": jax.device_count(), "processes": jax.process_count()} | about | {"checks": checks}
+    about: dict[str, Any] = dict.fromkeys(("devices", "processes", "platform", "device_kind"))
+    with contextlib.suppress(RuntimeError, AssertionError):  # no device: a check has told of it
+        first = jax.devices()[0]
+        about = {"devices": jax.device_count(), "processes": jax.process_count(), "platform": jax.default_backend()}
+        about["device_kind"] = first.device_kind
+    return {"ok": ok} | about | {"checks": checks}
 
 
 def versions() -> str:

@@ -49,7 +49,8 @@ def _of_run(one: Run, now: float) -> dict[str, Any]:
 
 def _of_counted(one: Evaluation) -> dict[str, Any]:
     """A baseline without model_dir: all that is kept of it is its evaluation, written when it had ended."""
-    nothing: dict[str, Any] = {"corpora": [], "step": None, "last_step": None}
+    corpora = [one.told["corpus"]] if "corpus" in one.told else []
+    nothing: dict[str, Any] = {"corpora": corpora, "step": None, "last_step": None}
     written = _utc((one.folder / EVALUATION_FILE).stat().st_mtime)
     told = {"name": one.name, "kind": "baseline", "of": one.told["method"], "state": "finished"}
     return told | nothing | {"best": one.told.get("best"), "last_written": written}

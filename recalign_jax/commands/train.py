@@ -171,6 +171,7 @@ def import_tasks(module: str, vocabulary: str, data_dir: str | None) -> None:
     os.environ["RECALIGN_VOCABULARY"] = vocabulary
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where a user's own module lies
+    importlib.import_module("seqio_tasks.tasks")  # first: it keeps TensorFlow off the devices
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:

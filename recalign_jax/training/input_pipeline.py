@@ -98,7 +98,10 @@ def make_stream(components: Sequence[tuple[Component, float]], split: str, seed:
     ordered = sorted(components, key=lambda component: -component[1])
     for task, _ in ordered:
         if task.num_examples(split) == 0:
-            raise InputError(f"Task {task.name} has no {split} examples (users may have too few interactions).")
+            raise InputError(
+                f"Task {task.name} has no {split} examples: users may have too few interactions, or a task of one's "
+                "own no such split (EVAL_PERIOD=0 needs no validation)."
+            )
         for feature, needed in task.shortest_row().items():
             if lengths[feature] < needed:
                 raise InputError(
