@@ -234,6 +234,22 @@ def test_runs_of_other_settings_are_no_seeds(shop, tmp_path):
     assert sorted(comparisons.labels(trained, evaluations, lambda one: "shop").values()) == ["0", "1"]
 
 
+def test_an_evaluation_of_fewer_users_stands_by_itself(shop, tmp_path):
+    shutil.copytree(shop / "runs", tmp_path / "runs")
+    path = tmp_path / "runs" / "tiny" / "1" / "evaluation" / "metrics.json"
+    told = json.loads(path.read_text())
+    told["retrieval"] |= {"users": 10, "ndcg@10": 0.99}
+    path.write_text(json.dumps(told))
+    trained, evaluations = runs.find([str(tmp_path / "runs")])
+    found = comparisons.labels(trained, evaluations, lambda one: "shop")
+    whole, few = comparisons.compare(evaluations, found, lambda one: "shop", {})[:2]
+    assert (whole.family, whole.part, few.family, few.part) == ("retrieval", "", "retrieval", "10 users")
+    assert [(row.label, row.users) for row in few.rows] == [("tiny", 10)]
+    assert {row.users for row in whole.rows} == {USERS}
+    assert whole.best("ndcg@10") < 0.99
+    assert all("seeds" not in row.detail for row in (*whole.rows, *few.rows))
+
+
 def test_two_evaluations_of_one_run_that_lie_elsewhere_are_no_seeds(shop, tmp_path):
     run = shutil.copytree(shop / "runs" / "tiny" / "0", tmp_path / "tiny")
     for name, step in (("early", 3), ("late", 6), ("tiny/late", 6)):  # one lies in the run's folder

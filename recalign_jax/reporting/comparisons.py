@@ -62,11 +62,15 @@ class Row(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Rows of one family on one split of a corpus ("" where nothing says which)."""
+    """Rows of one family on one split of a corpus ("" where nothing says which).
+
+    `part` says of how many users they are where others are of more.
+    """
 
     corpus: str
     split: str
     family: str
+    part: str
     metrics: tuple[str, ...]
     rows: list[Row]
     published: list[Row]
@@ -151,28 +155,37 @@ def compare(
 ) -> list[Comparison]:
     """Puts evaluations of one corpus, split and family together, the seeds of a run in one row, the best row first.
 
-    Of several evaluations of one run each has a row of its own.
+    Of several evaluations of one run each has a row of its own. Those of fewer users than others stand by themselves:
+    their figures don't compare.
     """
-    grouped: dict[tuple[str, str, str], dict[tuple[str, str], list[Evaluation]]] = {}
+    users: dict[tuple[str, str, str], int] = {}
+    for evaluation in evaluations:
+        for family in METRICS:
+            key = (corpus_of(evaluation), _split(evaluation, family), family)
+            users[key] = max(users.get(key, 0), _users(evaluation, family))
+    grouped: dict[tuple[str, str, str, str], dict[tuple[str, str], list[Evaluation]]] = {}
     for evaluation in evaluations:
         for family in METRICS:
             if evaluation.told.get(family, {}).get(MAIN[family]) is not None:
                 key = (corpus_of(evaluation), _split(evaluation, family), family)
-                by_label = grouped.setdefault(key, {})
+                count = _users(evaluation, family)
+                part = f"{count:,} users" if 0 < count < users[key] else ""
+                by_label = grouped.setdefault((*key, part), {})
                 by_label.setdefault((labels[evaluation.run or evaluation], _place(evaluation)), []).append(evaluation)
     order = list(METRICS)
     found = []
-    for corpus, split, family in sorted(grouped, key=lambda key: (key[0], key[1], order.index(key[2]))):
-        groups, main = _groups(grouped[corpus, split, family]), MAIN[family]
+    for corpus, split, family, part in sorted(grouped, key=lambda key: (*key[:2], order.index(key[2]), key[3])):
+        groups, main = _groups(grouped[corpus, split, family, part]), MAIN[family]
         names = [label for label, *_ in groups]
         rows = [
             _row(label, place if names.count(label) > 1 else "", members, family) for label, place, members in groups
         ]
         sign = 1 if lower_is_better(main) else -1
         rows.sort(key=lambda row: (sign * row.cells[main].value, row.label))
-        published = _published(corpora.get(corpus), family) if split == _PUBLISHED_SPLITS[family] else []
+        whole = split == _PUBLISHED_SPLITS[family] and not part
+        published = _published(corpora.get(corpus), family) if whole else []
         shown = tuple(m for m in METRICS[family] if any(m in row.cells for row in (*rows, *published)))
-        found.append(Comparison(corpus, split, family, shown, rows, published))
+        found.append(Comparison(corpus, split, family, part, shown, rows, published))
     return found
 
 
@@ -193,6 +206,11 @@ def _split(evaluation: Evaluation, family: str) -> str:
     return evaluation.told.get("split", "") + (_RANDOM if family == "rating" and random else "")
 
 
+def _users(evaluation: Evaluation, family: str) -> int:
+    """On how many it was evaluated; 0 where nothing says it."""
+    return evaluation.told.get(family, {}).get("users", 0)
+
+
 def _place(evaluation: Evaluation) -> str:
     """Where an evaluation lies in its run's folder, which tells several of one run apart; else ""."""
     if evaluation.run is None or evaluation.run.folder not in evaluation.folder.parents:
@@ -203,8 +221,9 @@ def _place(evaluation: Evaluation) -> str:
 def _row(label: str, place: str, members: Sequence[Evaluation], family: str) -> Row:
     summaries = [member.told[family] for member in members]
     details = [place, f"{len(members)} seeds" if len(members) > 1 else ""]
-    if len(members) == 1 and "step" in members[0].told:
-        details.append(f"step {members[0].told['step']:,}")
+    steps = sorted({member.told["step"] for member in members if "step" in member.told})
+    if len(members) == 1 or len(steps) > 1:
+        details += [f"step {step:,}" for step in steps]
     cells = {metric: cell for metric in METRICS[family] if (cell := _cell(summaries, metric))}
     slices: dict[str, dict[str, tuple[Cell, int]]] = {}
     for fact, parts in summaries[0].get("slices", {}).items():

@@ -104,7 +104,7 @@ def of_corpus(corpus: Corpus) -> list[Panel]:
 
 def heading(comparison: Comparison) -> str:
     """What is compared, as "retrieval, movielens, test"."""
-    return ", ".join(filter(None, (comparison.family, comparison.corpus, comparison.split)))
+    return ", ".join(filter(None, (comparison.family, comparison.corpus, comparison.split, comparison.part)))
 
 
 def _histogram(corpus: Corpus, name: str, title: str, values: np.ndarray, y_name: str) -> Panel:
