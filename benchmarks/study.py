@@ -102,7 +102,8 @@ def main() -> None:
     try:
         for row, seed in queue(args.rows, args.seeds):
             job = make_job(row, seed, data_dir, output, args.split, bindings)
-            if study_records.is_kept(row, seed, args.split, job.settings, args.records):
+            about = {"settings": job.settings, "bindings": job.bindings}
+            if study_records.is_kept(row, seed, args.split, about, args.records):
                 print(f"{row}/{seed} is kept in {args.records} already.", file=sys.stderr)
                 continue
             try:

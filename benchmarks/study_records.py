@@ -76,27 +76,32 @@ def _column(family: str, metric: str) -> str:
     return f"{family} {metric}"
 
 
-def is_kept(row: str, seed: int, split: str, settings: dict[str, str], records: pathlib.Path) -> bool:
-    """Whether a run with these settings is kept."""
+def is_kept(row: str, seed: int, split: str, about: dict[str, Any], records: pathlib.Path) -> bool:
+    """Whether a run with these `settings` and `bindings` is kept."""
     path = records / row / f"{seed}.json"
     if not path.exists():
         return False
     kept = json.loads(path.read_text(encoding="utf-8"))
-    return kept["split"] == split and not _differing(kept["settings"], settings)
+    return kept["split"] == split and not _differing(kept, about)
 
 
 def check_settings(about: dict[str, Any], kept: dict[str, Any], path: pathlib.Path) -> None:
     """Raises InputError when a run has other settings than one of its row that is kept."""
-    if differing := _differing(kept.get("settings", {}), about.get("settings", {})):
+    if differing := _differing(kept, about):
         raise InputError(
             f"{path} is of a run with other settings ({'; '.join(differing)}). Remove it, or give another --records."
         )
 
 
-def _differing(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """What differs; an option that only one of them has is newer than the other, and isn't counted."""
-    both = sorted(before.keys() & now.keys())
-    return [f"{name} was {before[name]}, is {now[name]}" for name in both if before[name] != now[name]]
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs; an option that only one of them has is newer than the other, and counts where it was given."""
+    first, second = (about.get("settings", {}) for about in (before, now))
+    both = sorted(first.keys() & second.keys())
+    found = [f"{name} was {first[name]}, is {second[name]}" for name in both if first[name] != second[name]]
+    given = [sorted(about.get("bindings", ())) for about in (before, now)]
+    if not found and given[0] != given[1]:
+        found.append(f"given was {' '.join(given[0]) or 'nothing'}, is {' '.join(given[1]) or 'nothing'}")
+    return found
 
 
 def read(records: pathlib.Path, rows: Iterable[str]) -> dict[str, Runs]:

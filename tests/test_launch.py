@@ -292,6 +292,8 @@ esac"""
         ]),
         (["2 ACTIVE"], 2, ["create", "ssh", "ssh"]),
         (["1 ACTIVE"], 1, ["create", "ssh", "ssh"]),
+        # No answer any more: nothing is created a second time.
+        (["255"], 1, ["create", "ssh", "ssh"]),
     ],
 )  # fmt: skip
 def test_tpu_vm_starts_again_after_a_preemption(tmp_path, programs, plan, status, calls):

@@ -301,12 +301,17 @@ def test_a_real_run(tmp_path, monkeypatch, capsys):
     assert json.loads(told.out.splitlines()[-1]) == {"runs": [], "failed": []}
     assert f"movielens_token_rating_aligned/5 is kept in {tmp_path}/records already." in told.err
     assert not (tmp_path / "other").exists()
-    settings = found["movielens_token_rating_aligned"].records[0]["settings"]
+    record = found["movielens_token_rating_aligned"].records[0]
+    settings, about = record["settings"], {name: record[name] for name in ("settings", "bindings")}
     place = ("movielens_token_rating_aligned", 5)
-    assert study_records.is_kept(*place, "test", settings, tmp_path / "records")
-    assert study_records.is_kept(*place, "test", settings | {"AN_OPTION_SINCE": "1"}, tmp_path / "records")
-    assert not study_records.is_kept(*place, "test", settings | {"DROPOUT_RATE": "0.2"}, tmp_path / "records")
-    assert not study_records.is_kept(*place, "validation", settings, tmp_path / "records")
+    assert study_records.is_kept(*place, "test", about, tmp_path / "records")
+    newer = about | {"settings": settings | {"AN_OPTION_SINCE": "1"}}
+    assert study_records.is_kept(*place, "test", newer, tmp_path / "records")
+    other = about | {"settings": settings | {"DROPOUT_RATE": "0.2"}}
+    assert not study_records.is_kept(*place, "test", other, tmp_path / "records")
+    given = about | {"bindings": [*about["bindings"], "--gin.TaskOptions.test_negatives=9"]}
+    assert not study_records.is_kept(*place, "test", given, tmp_path / "records")
+    assert not study_records.is_kept(*place, "validation", about, tmp_path / "records")
 
 
 # The page.
@@ -347,7 +352,7 @@ def folders(tmp_path):
                 "tokens": 80_000_000 + 10_000_000 * seed,
                 "seconds": 600.0 * (seed + 1),
             }
-            record |= {"cores": 2, "bindings": ["--gin.X=1 2"] if seed else []}
+            record |= {"cores": 2, "bindings": ["--gin.X=1 2"] if name == "retrieval" else []}
             (runs / row / str(seed) / "study.json").write_text(json.dumps(record))
     (runs / "beauty_token_retrieval_mim/0").mkdir(parents=True)  # has begun
     for name, chance in (("popularity", 0.1), ("sasrec", 0.6)):
@@ -415,7 +420,7 @@ def test_the_page_has_the_numbers_of_the_folders(folders, monkeypatch, capsys):
     assert "\n| beauty_token_retrieval | 0 | 7,000 | 80,000,000 | 600 | " in every
     assert "\n| beauty_token_retrieval | 1 | 7,000 (chosen: 4,000) | 90,000,000 | 1,200 | " in every
     command = "recalign train --gin_file gin_configs/experiments/study_beauty_token_retrieval.gin --gin.SEED="
-    assert f"\n{command}0 --gin.MODEL_DIR=runs/study/beauty_token_retrieval/0\n" in every
+    assert f"\n{command}0 --gin.MODEL_DIR=runs/study/beauty_token_retrieval/0 '--gin.X=1 2'\n" in every
     assert f"\n{command}2 --gin.MODEL_DIR=runs/study/beauty_token_retrieval/2 '--gin.X=1 2'\n" in every
     assert "- beauty_token_retrieval_aligned: seed 2\n- beauty_token_ranking: seeds 0, 1, 2\n" in missing
     assert "- beauty_token_retrieval:" not in missing
@@ -471,6 +476,10 @@ def test_a_row_is_kept_with_one_set_of_settings(folders):
         InputError, match=r"other settings \(DROPOUT_RATE was 0.1, is 0.3\). Remove it, or give another"
     ):
         kept(folder)
+    # What was given counts, also where the other run has no such setting.
+    record.write_text(json.dumps(changed | {"settings": {"DROPOUT_RATE": "0.1"}, "bindings": []}))
+    with pytest.raises(InputError, match=r"\(given was --gin.X=1 2, is nothing\)"):
+        kept(folder)
 
 
 def test_what_was_judged_from_more_seeds_stays(folders):
@@ -510,7 +519,7 @@ def test_the_records_of_the_repository_are_of_the_rows_as_they_stand():
     for path in study_records.RECORDS.glob("*/*.json"):
         row, seed = path.parent.name, int(path.stem)
         settings = {name: value for name, value in snapshot(row).items() if name not in ("SEED", "MODEL_DIR")}
-        assert study_records.is_kept(row, seed, "test", settings, study_records.RECORDS), path
+        assert study_records.is_kept(row, seed, "test", {"settings": settings}, study_records.RECORDS), path
 
 
 def test_the_interval_of_a_difference():

@@ -56,10 +56,11 @@ train="cd recalign_jax && RECALIGN_DATA_DIR=/mnt/data/corpora JAX_COMPILATION_CA
 for ((attempt = 1; attempt <= attempts; attempt++)); do
   case "$(state)" in
     ACTIVE) [ "$live" = 1 ] || create ;;
-    "") create || exit 1 ;;
+    # Later an answer may be missing; the loop below waits for another.
+    "") [ "$attempt" -gt 1 ] || create || leave 1 ;;
     SUSPENDED | SUSPENDING | FAILED) # what a preemption leaves: it doesn't come back by itself
       queue delete --force --quiet
-      create || exit 1 ;;
+      create || leave 1 ;;
   esac
   silent=0
   until found=$(state); [ "$found" = ACTIVE ]; do
