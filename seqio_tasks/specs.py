@@ -34,7 +34,8 @@ class TaskOptions:
       neighbours: number of collaborative neighbours of the history in prompts of retrieval, ranking and BPR.
       mim_mask_rate: probability that an item of the window is masked; at least one always is.
       mim_masked_items: if given, so many items are masked instead; of two or more, one at least is not.
-      mlm_fields: text of an item that MLM masks spans of, of `catalog.FIELDS`.
+      mlm_fields: what follows an item (its title, digits or token) in the text that MLM masks spans of, of
+        `catalog.FIELDS`.
       mlm_noise_density: share of the tokens that MLM masks.
       mlm_mean_span_length: of MLM's masked spans, in tokens.
       negatives: what training negatives are drawn from, one of `candidates.NEGATIVES`.

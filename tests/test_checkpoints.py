@@ -164,6 +164,15 @@ def test_a_converted_model_is_no_damage(tmp_path):
     assert locations.steps(str(tmp_path)) == [1]
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/7", "best"])
+def test_a_run_may_be_called_as_what_lies_in_one(two_steps, tmp_path, name):
+    run = shutil.copytree(two_steps, tmp_path / name)
+    assert locations.locate(str(run)) == (str(run), 2)
+    assert locations.locate(f"{run}/checkpoints") == (str(run), 2)
+    assert locations.locate(f"{run}/checkpoints/1") == (str(run), 1)
+    assert locations.model_dir_of(str(run)) == str(run)
+
+
 def test_a_step_that_is_not_there_is_not_another_one(two_steps, tmp_path):
     assert locations.locate(f"{two_steps}/checkpoints/1") == (str(two_steps), 1)
     with pytest.raises(InputError, match=f"No checkpoint of step 3 at {two_steps}/checkpoints/3. Steps there: 2, 1"):

@@ -159,6 +159,7 @@ def test_what_to_type_next_has_the_prompts_and_the_model_of_the_training(shop):
         return eval.evaluation_command(["gin_configs/models/t5_tiny.gin"], str(shop.folder), "run/best")
 
     changed = ("--gin.HISTORY_LENGTH=5", "--gin.ITEM_FIELDS=('brand',)", "--gin.T5Config.mlp_dim=32")
+    changed += ("--gin.TaskOptions.test_negatives=9", "--gin.T5Config.relative_attention_max_distance=64")
     changed += ("--gin.RATING_HISTORY=False", "--gin.SCORES=trie", "--gin.EVALUATION_WORDING=held_out")
     found = command("--gin.MIXTURE_OR_TASK_NAME=shop_all_token", *changed, "--gin.MAX_EVAL_USERS=9")
     assert found[:4] == ["recalign", "eval", "--data_dir", str(shop.folder)]
@@ -166,11 +167,13 @@ def test_what_to_type_next_has_the_prompts_and_the_model_of_the_training(shop):
     assert not any("MAX_EVAL_USERS" in part or "MESH" in part for part in found)
     for name in ("shop_mim_token", "task_of_a_module"):  # nothing that `recalign eval` evaluates
         assert command(f"--gin.MIXTURE_OR_TASK_NAME={name}") == []
+    direct = command("--gin.train.mixture_or_task_name=shop_all_token")
+    assert "--gin.TASK_NAME=shop_all_token" in direct
 
 
 def test_evaluating_with_other_prompts_is_told_of(shop, trained, capsys):
     few = ("--gin.MAX_EVAL_USERS=3", "--gin.NUM_BEAMS=10")
-    others = ("--gin.HISTORY_LENGTH=5", "--gin.ITEM_FIELDS=('brand',)", "--gin.RATING_HISTORY=False")
+    others = ("--gin.TaskOptions.history_length=5", "--gin.ITEM_FIELDS=('brand',)", "--gin.RATING_HISTORY=False")
     capsys.readouterr()
     assert cli.main(["eval", "--data_dir", str(shop.folder), *eval_arguments(trained, shop), *few, *others]) == 0
     told = " ".join(capsys.readouterr().err.split())

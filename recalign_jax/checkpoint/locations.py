@@ -38,7 +38,7 @@ def locate(path: str) -> tuple[str, int]:
       InputError: when there is none.
     """
     given, model_dir = pathlib.Path(path).absolute(), model_dir_of(path)
-    if given.name.isdigit() and given.parent.name == DIRECTORY:
+    if given.name.isdigit() and given.parent.name == DIRECTORY and str(given) != model_dir:
         if not given.is_dir():
             there = ", ".join(map(str, steps(model_dir))) or "none"
             raise InputError(f"No checkpoint of step {given.name} at {path}. Steps there: {there}.")
@@ -57,6 +57,8 @@ def locate(path: str) -> tuple[str, int]:
 def model_dir_of(path: str) -> str:
     """The MODEL_DIR of what is given as a checkpoint, see `locate`; the path itself if it is none of these."""
     given = pathlib.Path(path).absolute()
+    if (given / DIRECTORY).is_dir():  # whatever it is called
+        return str(given)
     if given.name.isdigit() and given.parent.name == DIRECTORY:
         return str(given.parent.parent)
     return str(given.parent if given.name == DIRECTORY or (given.name == BEST and not given.exists()) else given)

@@ -1,7 +1,7 @@
 """What several commands put together in the same way."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import gin
@@ -131,6 +131,12 @@ def make_evaluation(
     return evaluate
 
 
+def _in_force(bound: Mapping[str, str], macro: str) -> str | None:
+    """The value of an option of tasks, set by its macro or without it."""
+    value = bound.get(f"TaskOptions.{macro.lower()}", f"%{macro}")
+    return bound.get(value[1:]) if value.startswith("%") else value
+
+
 def _check_trained_for(spec: TaskSpec, checkpoint_path: str) -> None:
     trained = saved.read_identity(checkpoint_path)
     item_format = spec.catalog.item_format
@@ -151,7 +157,7 @@ def _check_trained_for(spec: TaskSpec, checkpoint_path: str) -> None:
         )
     bound = gin_config.snapshot()
     for name in PROMPT_SETTINGS:
-        then, now = trained.get(name), bound.get(name)
+        then, now = _in_force(trained, name), _in_force(bound, name)
         if None not in (then, now) and then != now:
             terminal.warn(f"{checkpoint_path} was trained with {name} {then}; here it is {now}.")
     extended = {extension["before"]["fingerprint"] for extension in spec.corpus.metadata.get("extensions", [])}

@@ -1,7 +1,6 @@
 """`recalign eval`: evaluates a checkpoint on a held-out split."""
 
 import argparse
-import ast
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +21,8 @@ USES_GIN = True
 
 # Gin names that training and evaluation both have, and that needn't be the same.
 OF_THE_COMMAND = ("MAX_EVAL_USERS", "MESH")
+# Options that both have.
+OF_BOTH = ("TaskOptions.", "T5Config.", "DecodingOptions.", "EvaluationOptions.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,9 +82,10 @@ def eval_command(
 def evaluation_command(gin_files: list[str], data_dir: str | None, checkpoint: str) -> list[str]:
     """What to type to evaluate what gin says was trained; empty for what recommends nothing, or isn't of a corpus."""
     trained = gin_config.snapshot()
-    name = ast.literal_eval(trained.get("MIXTURE_OR_TASK_NAME", "''"))
+    name = trained.get("train.mixture_or_task_name", "")
+    name = trained.get(name.removeprefix("%"), name)
     try:
-        parts = task_names.split_name(name, data_dir)
+        parts = task_names.split_name(name.strip("'"), data_dir)
     except InputError:  # of a module of the user's own
         return []
     if not set(EVALUATED) & {*task_names.MIXTURES.get(parts.base, (parts.base,))}:
@@ -111,10 +113,13 @@ def evaluation_settings(gin_files: Sequence[str], trained: Mapping[str, str]) ->
     """
     files = [*gin_config.model_files(gin_files), "gin_configs/runs/eval.gin"]
     gin_config.parse(files, [])
+    here = gin_config.snapshot()
     found = {}
-    for name, value in gin_config.snapshot().items():
-        if trained.get(name, value) != value and name not in OF_THE_COMMAND:
-            found[name] = trained[name].strip("'")
+    for name, value in trained.items():
+        # Without a macro, an option that these files don't bind.
+        alone = name not in here and name.startswith(OF_BOTH) and not value.startswith("%")
+        if alone or (here.get(name, value) != value and name not in OF_THE_COMMAND):
+            found[name] = value.strip("'")
     return files, found
 
 
