@@ -341,6 +341,8 @@ def test_ratings_that_no_model_can_write_are_left_out_of_all(shop_words, tmp_pat
     assert [spec.family for spec in found] == ["retrieval", "ranking"]
     with pytest.raises(InputError, match=r"fine has 240 different ratings; written as text there can be at most 100\."):
         eval.evaluated("fine_rating_token", shop_words.path, str(tmp_path))
+    with pytest.raises(InputError, match="fine has 240 different ratings"):
+        eval.evaluated("fine_rating_aligned_token", shop_words.path, str(tmp_path))
 
 
 def test_nothing_to_evaluate_is_an_input_error(shop_corpus, tmp_path):

@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         evaluation = dataclasses.replace(evaluation, max_users=args.max_users)
     tasks = [f"{corpus.name}_{family}" for family in families]
     told = {"method": args.method, "corpus": corpus.name, "tasks": tasks, "split": args.split}
+    told["options"] = {"filter_history": evaluation.filter_history}
     if issubclass(method.options, FitOptions):
         answers, of_training = _trained(args, method, corpus, families[0])
         told |= of_training

@@ -1,6 +1,7 @@
 """`recalign eval`: evaluates a checkpoint on a held-out split."""
 
 import argparse
+import dataclasses
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from recalign_jax.corpus.corpus import load_corpus
 from recalign_jax.errors import InputError
 from recalign_jax.evaluation import report, results
 from recalign_jax.evaluation.results import Result
+from recalign_jax.recommender import DecodingOptions
 from seqio_tasks import ambiguity, specs, task_names
 from seqio_tasks import vocabulary as vocabularies
 from seqio_tasks.specs import TaskOptions, TaskSpec
@@ -21,6 +23,8 @@ USES_GIN = True
 
 # Gin names that training and evaluation both have, and that needn't be the same.
 OF_THE_COMMAND = ("MAX_EVAL_USERS", "MESH")
+# What figures depend on beside the checkpoint: evaluations that differ in it don't compare as seeds do.
+TOLD_OPTIONS = ("filter_history", "num_beams", "scores", "length_penalty", "max_input_tokens")
 # Options that both have.
 OF_BOTH = ("TaskOptions.", "T5Config.", "DecodingOptions.", "EvaluationOptions.")
 
@@ -70,9 +74,11 @@ def eval_command(
                 terminal.warn("Not every prompt has room for all candidates; all are scored. See MAX_INPUT_TOKENS.")
             yield f"{spec.name}, {split} split, step {model.step}", result
 
+    options = dataclasses.asdict(results.EvaluationOptions()) | dataclasses.asdict(DecodingOptions())
     about = {"corpus": tasks[0].corpus.name, "tasks": [spec.name for spec in tasks], "split": split, "step": model.step}
+    about |= {"model_dir": model.model_dir, "options": {name: options[name] for name in TOLD_OPTIONS}}
     place = None if output_dir is None else str(output_dir)  # a folder may be called 2024
-    told = report.publish(found(), tasks[0].corpus, about | {"model_dir": model.model_dir}, place)
+    told = report.publish(found(), tasks[0].corpus, about, place)
     families = [spec.family for spec in tasks]
     users = results.EvaluationOptions().max_users
     terminal.say(f"Next to it: {baseline_command(tasks[0].corpus.name, families, split, data_dir, users)}")
@@ -147,8 +153,8 @@ def evaluated(name: str, vocabulary_path: str, data_dir: str | None) -> list[Tas
     if len(parts.corpora) > 1:
         raise InputError(f"TASK_NAME {name} is of several corpora; evaluate one at a time, as "
                          f"{parts.of(parts.corpora[0], parts.base)}.")  # fmt: skip
-    of_mixture = [family for family in task_names.MIXTURES.get(parts.base, ()) if family in fitting]
-    families = of_mixture or [family for family in EVALUATED if family == parts.base]
+    named = [family for family in task_names.MIXTURES.get(parts.base, (parts.base,)) if family in EVALUATED]
+    families = [family for family in named if family in fitting] or named  # of these `make_spec` says what is wrong
     if not families:
         names = ", ".join(parts.of(corpus.name, family) for family in fitting)
         raise InputError(f"TASK_NAME {name} recommends nothing that could be evaluated. Give one of {names}, or a "

@@ -61,7 +61,7 @@ def publish(
       output_dir: gets `FAMILY.parquet` of every result, and `metrics.json`, from the first process; None for neither.
 
     Returns:
-      Summaries by family, and `about`.
+      Summaries by family, `about`, and the corpus's `fingerprint`.
     """
     told: dict[str, Any] = {}
     folder = pathlib.Path(output_dir) if output_dir is not None and jax.process_index() == 0 else None
@@ -70,7 +70,7 @@ def publish(
         show(title, told[result.family])
         if folder is not None:
             write_users(result, corpus, folder / f"{result.family}.parquet")
-    told |= about
+    told |= about | {"fingerprint": corpus.fingerprint}
     if folder is not None:
         with atomic_file(folder / EVALUATION_FILE) as aside:
             aside.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")

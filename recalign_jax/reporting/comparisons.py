@@ -1,6 +1,8 @@
 """What was evaluated alike stands side by side: a row a run, its seeds together, and published figures below."""
 
+import collections
 import functools
+import itertools
 import json
 import pathlib
 import statistics
@@ -8,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from recalign_jax.corpus.corpus import Corpus
+from recalign_jax.reporting.corpora import fingerprint_of
 from recalign_jax.reporting.runs import Evaluation, Run
 from recalign_jax.training import steering
 
@@ -64,7 +67,8 @@ class Row(NamedTuple):
 class Comparison(NamedTuple):
     """Rows of one family on one split of a corpus ("" where nothing says which).
 
-    `part` says of how many users they are where others are of more.
+    `part` says what keeps them from being compared with others of these: fewer users, another corpus of that name,
+    lists that the history stays in; "" of the others.
     """
 
     corpus: str
@@ -155,31 +159,23 @@ def compare(
 ) -> list[Comparison]:
     """Puts evaluations of one corpus, split and family together, the seeds of a run in one row, the best row first.
 
-    Of several evaluations of one run each has a row of its own. Those of fewer users than others stand by themselves:
-    their figures don't compare.
+    Of several evaluations of one run each has a row of its own, and so have seeds that were decoded differently. What
+    doesn't compare with the others stands by itself, see `Comparison.part`.
     """
-    users: dict[tuple[str, str, str], int] = {}
-    for evaluation in evaluations:
-        for family in METRICS:
-            key = (corpus_of(evaluation), _split(evaluation, family), family)
-            users[key] = max(users.get(key, 0), _users(evaluation, family))
-    grouped: dict[tuple[str, str, str, str], dict[tuple[str, str], list[Evaluation]]] = {}
+    placed: dict[tuple[str, str, str], list[Evaluation]] = {}
     for evaluation in evaluations:
         for family in METRICS:
             if evaluation.told.get(family, {}).get(MAIN[family]) is not None:
-                key = (corpus_of(evaluation), _split(evaluation, family), family)
-                count = _users(evaluation, family)
-                part = f"{count:,} users" if 0 < count < users[key] else ""
-                by_label = grouped.setdefault((*key, part), {})
-                by_label.setdefault((labels[evaluation.run or evaluation], _place(evaluation)), []).append(evaluation)
+                placed.setdefault((corpus_of(evaluation), _split(evaluation, family), family), []).append(evaluation)
+    grouped: dict[tuple[str, str, str, str], list[Evaluation]] = {}
+    for (corpus, split, family), members in placed.items():
+        for part, comparable in _comparable(members, corpus, family, corpora.get(corpus)).items():
+            grouped[corpus, split, family, part] = comparable
     order = list(METRICS)
     found = []
     for corpus, split, family, part in sorted(grouped, key=lambda key: (*key[:2], order.index(key[2]), key[3])):
-        groups, main = _groups(grouped[corpus, split, family, part]), MAIN[family]
-        names = [label for label, *_ in groups]
-        rows = [
-            _row(label, place if names.count(label) > 1 else "", members, family) for label, place, members in groups
-        ]
+        members, main = grouped[corpus, split, family, part], MAIN[family]
+        rows = [_row(label, detail, seeds, family) for label, detail, seeds in _groups(members, labels)]
         sign = 1 if lower_is_better(main) else -1
         rows.sort(key=lambda row: (sign * row.cells[main].value, row.label))
         whole = split == _PUBLISHED_SPLITS[family] and not part
@@ -189,14 +185,56 @@ def compare(
     return found
 
 
-def _groups(by_label: dict[tuple[str, str], list[Evaluation]]) -> list[tuple[str, str, list[Evaluation]]]:
-    """(label, place, the evaluations of a row); one with a run twice is split: the same again is no other seed."""
+def _comparable(
+    members: Sequence[Evaluation], name: str, family: str, corpus: Corpus | None
+) -> dict[str, list[Evaluation]]:
+    """Evaluations on one split of a corpus, by what keeps them from being compared with others: `Comparison.part`."""
+    fingerprints = {fingerprint for member in members if (fingerprint := fingerprint_of(member, name))}
+    expected = {corpus.fingerprint} if corpus else fingerprints if len(fingerprints) == 1 else set()
+    apart: dict[str, list[Evaluation]] = {}
+    for member in members:
+        fingerprint = fingerprint_of(member, name)
+        other = f"corpus {fingerprint[:8]}" if fingerprint and fingerprint not in expected else ""
+        unfiltered = family == "retrieval" and not _options(member).get("filter_history", True)
+        apart.setdefault(", ".join(filter(None, (other, unfiltered and "history not filtered"))), []).append(member)
+    found: dict[str, list[Evaluation]] = {}
+    for reason, alike in apart.items():
+        most = max(_users(member, family) for member in alike)
+        for member in alike:
+            count = _users(member, family)
+            fewer = f"{count:,} users" if 0 < count < most else ""
+            found.setdefault(", ".join(filter(None, (reason, fewer))), []).append(member)
+    return found
+
+
+def _options(evaluation: Evaluation) -> dict[str, Any]:
+    """What it was decoded with; empty where nothing says it."""
+    return evaluation.told.get("options", {})
+
+
+def _groups(
+    members: Sequence[Evaluation], labels: dict[Run | Evaluation, str]
+) -> list[tuple[str, str, list[Evaluation]]]:
+    """(label, what tells it from others of this label, the evaluations of a row).
+
+    One with a run twice is split: the same again is no other seed.
+    """
+    of_all = [_options(member) for member in members if _options(member)]
+    names = dict.fromkeys(itertools.chain.from_iterable(of_all))
+    # Baselines have few options; those that a row lacks don't tell it apart.
+    varying = [name for name in names if len({repr(options[name]) for options in of_all if name in options}) > 1]
+    by_label: dict[tuple[str, str, str], list[Evaluation]] = {}
+    for member in members:
+        asked = ", ".join(f"{name} {_options(member)[name]}" for name in varying if name in _options(member))
+        by_label.setdefault((labels[member.run or member], _place(member), asked), []).append(member)
     found = []
-    for (label, place), members in by_label.items():
-        if len({member.run for member in members}) == len(members):
-            found.append((label, place, members))
+    places = collections.Counter(label for label, _ in {(label, place) for label, place, _ in by_label})
+    for (label, place, asked), group in by_label.items():
+        detail = ", ".join(filter(None, (place if places[label] > 1 else "", asked)))
+        if len({member.run for member in group}) == len(group):
+            found.append((label, detail, group))
         else:
-            found += [(label, member.name, [member]) for member in members]
+            found += [(label, ", ".join(filter(None, (member.name, asked))), [member]) for member in group]
     return found
 
 
@@ -218,9 +256,9 @@ def _place(evaluation: Evaluation) -> str:
     return str(evaluation.folder.relative_to(evaluation.run.folder))
 
 
-def _row(label: str, place: str, members: Sequence[Evaluation], family: str) -> Row:
+def _row(label: str, detail: str, members: Sequence[Evaluation], family: str) -> Row:
     summaries = [member.told[family] for member in members]
-    details = [place, f"{len(members)} seeds" if len(members) > 1 else ""]
+    details = [detail, f"{len(members)} seeds" if len(members) > 1 else ""]
     steps = sorted({member.told["step"] for member in members if "step" in member.told})
     if len(members) == 1 or len(steps) > 1:
         details += [f"step {step:,}" for step in steps]

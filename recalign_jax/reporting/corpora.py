@@ -22,21 +22,40 @@ class Samples(NamedTuple):
     shown: list[dict[str, Any]]
 
 
-def load(runs: Iterable[Run], named: Iterable[str], data_dir: str | None) -> tuple[dict[str, Corpus], list[str]]:
-    """Loads the corpora of runs, and others by name; of those that can't be had or have changed, says why."""
-    trained = {name: fingerprint for run in runs for name, fingerprint in run.corpora.items()}
+def load(
+    runs: Iterable[Run], evaluations: Iterable[Evaluation], named: Iterable[str], data_dir: str | None
+) -> tuple[dict[str, Corpus], list[str]]:
+    """Loads the corpora of runs and evaluations, and others by name; says why others can't be had or have changed.
+
+    Where there are several of one name, it is enough that one of them is there.
+    """
+    used: dict[str, set[str]] = {name: set() for name in named}
+    for run in runs:
+        for name, fingerprint in run.corpora.items():
+            used.setdefault(name, set()).add(fingerprint)
+    for evaluation in evaluations:
+        if name := evaluation.told.get("corpus"):
+            fingerprint = fingerprint_of(evaluation, name)
+            used.setdefault(name, set()).update([fingerprint] if fingerprint else [])
     found, missing = {}, []
-    for name in sorted({*trained, *named}):
+    for name, fingerprints in sorted(used.items()):
         try:
             corpus = load_corpus(name, data_dir)
         except InputError as error:
             missing.append(error.message)
             continue
-        if trained.get(name, corpus.fingerprint) == corpus.fingerprint:
+        if not fingerprints or corpus.fingerprint in fingerprints:
             found[name] = corpus
         else:
-            missing.append(f"Corpus {name} in {data_dir_or_default(data_dir)} is not the one that was trained on.")
+            where = data_dir_or_default(data_dir)
+            missing.append(f"Corpus {name} in {where} is none of those that were trained on or evaluated.")
     return found, missing
+
+
+def fingerprint_of(evaluation: Evaluation, name: str) -> str:
+    """Of the corpus of that name that it was made on, or else its run; "" where nothing says it."""
+    of_run = evaluation.run.corpora.get(name, "") if evaluation.run else ""
+    return evaluation.told.get("fingerprint", of_run)
 
 
 def corpus_of(one: Run | Evaluation, corpora: dict[str, Corpus]) -> str:

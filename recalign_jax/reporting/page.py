@@ -42,8 +42,7 @@ def make(runs: Sequence[Run], evaluations: Sequence[Evaluation], named: Sequence
       named: corpora that evaluations may be of, beside those that the runs name.
       data_dir: where corpora are; what can't be had is said on the page.
     """
-    told = [one.told["corpus"] for one in evaluations if "corpus" in one.told]
-    found, missing_corpora = corpora.load(runs, [*named, *told], data_dir)
+    found, missing_corpora = corpora.load(runs, evaluations, named, data_dir)
     everything: list[Run | Evaluation] = [*runs, *evaluations]
     of = {one: corpora.corpus_of(one, found) for one in everything}
     labels = comparisons.labels(runs, evaluations, of.__getitem__)
