@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import threading
 from collections import Counter
 
 import numpy as np
@@ -211,6 +212,30 @@ def test_worker_processes_give_the_same_batches(components):
     for (batch, positions), (expected, where) in zip(other, one, strict=True):
         assert_equal(batch, expected)
         np.testing.assert_array_equal(positions, where)
+
+
+def test_first_windows_are_rendered_one_at_a_time_while_nobody_waits(components, monkeypatch):
+    """A training compiles meanwhile; several at once would take the interpreter from it."""
+    begun, may_go_on, rendering = threading.Semaphore(0), threading.Event(), []
+    real = CorpusTask.render
+
+    def render(self, *arguments):
+        rendering.append(threading.get_ident())
+        begun.release()
+        assert may_go_on.wait(60)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(CorpusTask, "render", render)
+    stream = input_pipeline.make_stream(components, "train", 11, OPTIONS)
+    batches = PackedBatches(stream, input_pipeline.start_positions(OPTIONS))  # returns, though nothing can be rendered
+    assert begun.acquire(timeout=60)
+    assert not begun.acquire(timeout=0.2)
+    may_go_on.set()
+    batch, _ = next(batches)
+    assert len(batch["encoder_input_tokens"]) == OPTIONS.batch_size
+    turns = [thread for thread, _ in itertools.groupby(rendering)]
+    assert len(rendering) == len(turns) * OPTIONS.window  # each goes through a whole window before the next begins
+    assert threading.get_ident() not in turns
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])

@@ -11,6 +11,7 @@ depend on the number of processes.
 import collections
 import dataclasses
 import functools
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 
@@ -30,6 +31,9 @@ from seqio_tasks.writing import Limits
 
 Batch = dict[str, np.ndarray]
 BATCHES_AHEAD = 2
+# Threads share an interpreter: several windows at once are done no sooner than one after the other, and leave a small
+# part of its time to the main thread, which traces and dispatches.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @gin.configurable
@@ -153,17 +157,18 @@ def pack_window(stream: Stream, window: int) -> Batch:
     lengths = options.task_feature_lengths
     limits = Limits(**lengths)
     where = addresses(stream, window)
-    rendered = [
-        stream.tasks[task].render(stream.split, index, epoch, stream.seed, limits) for task, epoch, index in where
-    ]
-    rows = packing.pack(
-        [sample.inputs for sample in rendered],
-        [sample.targets for sample in rendered],
-        np.asarray([task for task, _, _ in where]),
-        lengths["inputs"],
-        lengths["targets"],
-        options.loss_normalization,
-    )
+    with _ONE_AT_A_TIME:
+        rendered = [
+            stream.tasks[task].render(stream.split, index, epoch, stream.seed, limits) for task, epoch, index in where
+        ]
+        rows = packing.pack(
+            [sample.inputs for sample in rendered],
+            [sample.targets for sample in rendered],
+            np.asarray([task for task, _, _ in where]),
+            lengths["inputs"],
+            lengths["targets"],
+            options.loss_normalization,
+        )
     shuffle = np.random.Generator(np.random.Philox(key=[stream.seed, window])).permutation(
         len(rows["encoder_input_tokens"])
     )
@@ -272,7 +277,7 @@ def all_positions(stream: Stream, positions: np.ndarray, sharding: Sharding) -> 
 
 
 class _Shard:
-    """Every S-th window, row by row; Grain renders the next window while this one is used."""
+    """Every S-th window, row by row; Grain renders the first one from now on, and the next while one is used."""
 
     def __init__(self, stream: Stream, num_shards: int, window: int, row: int):
         self._step = num_shards
@@ -285,11 +290,13 @@ class _Shard:
                 flags.FLAGS.mark_as_parsed()
             prefetched = prefetched.mp_prefetch(grain.MultiprocessingOptions(num_workers=stream.options.workers))
         self._windows = iter(prefetched)
-        self._current = next(self._windows)
+        self._windows.start_prefetch()
+        self._current: Batch | None = None
 
     def take(self, count: int) -> Batch:
         """The next `count` rows, over the end of a window if need be."""
         parts = []
+        self._current = self._current or next(self._windows)
         while count:
             window, row = self.position
             available = len(self._current["encoder_input_tokens"])

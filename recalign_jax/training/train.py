@@ -24,7 +24,7 @@ from recalign_jax.files import atomic_file
 from recalign_jax.model import flops, lora, t5
 from recalign_jax.model.config import T5Config
 from recalign_jax.model.lora import LoraOptions
-from recalign_jax.training import failures, input_pipeline, log, measures, steering
+from recalign_jax.training import failures, input_pipeline, log, measures, packing, steering
 from recalign_jax.training.input_pipeline import InputOptions
 from recalign_jax.training.preemption import Preemption
 from recalign_jax.training.step import (
@@ -167,19 +167,23 @@ def train(
         return _result(records[-1], options)
     checkpoints = checkpointing.open_checkpoints(options.model_dir, options.keep_checkpoints)
     found = checkpointing.restore_newest(checkpoints, shapes.params, (shapes.opt_state, shapes.step), check)
+    positions = input_pipeline.start_positions(input_options)
     if found:
         before = np.asarray(found.metadata["positions"], np.int64)
-        first_step, positions = found.step, input_pipeline.resumed_positions(input_options, before)
+        positions = input_pipeline.resumed_positions(input_options, before)
+    # From here on the first windows are rendered in threads, while parameters are drawn and the step is compiled.
+    batches = input_pipeline.on_device(input_pipeline.local_batches(stream, positions, batch_sharding), batch_sharding)
+    if found:
+        first_step = found.step
         state = TrainState(found.optimizer[1], found.params, found.optimizer[0])
         terminal.say(f"Resuming {options.model_dir} at step {first_step}.")
     else:
-        first_step, positions = 0, input_pipeline.start_positions(input_options)
+        first_step = 0
         # Every shard is drawn on the device that keeps it.
         shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
         state = jax.jit(initialize, out_shardings=shardings)(jax.random.key(options.seed))
         if initial_params is not None:
             state = state._replace(params=initial_params(shapes.params))
-    batches = input_pipeline.on_device(input_pipeline.local_batches(stream, positions, batch_sharding), batch_sharding)
 
     # ---------------------------------------------------------------- the compiled steps
     train_step = jit_train_step(
@@ -215,6 +219,7 @@ def train(
         with atomic_file(model_dir / "config.gin") as aside:
             aside.write_text(gin.operative_config_str(), encoding="utf-8")
     lengths = input_options.task_feature_lengths
+    batch_shapes = packing.batch_shapes(input_options.batch_size, lengths["inputs"], lengths["targets"])
     step_flops = flops.train_step_flops(config, input_options.batch_size, lengths["inputs"], lengths["targets"])
     speed = measures.Speed(mesh, step_flops)
     sums, positions_before, step = None, positions, first_step
@@ -228,13 +233,14 @@ def train(
         if found and (not run_log.records or run_log.records[-1]["step"] < first_step):
             conclude(first_step, found.metadata["record"], state.params)
         ended = steering.ends(run_log.records, options.best_metric, options.early_stopping)
+        compiled_step = train_step.lower(state, batch_shapes, base).compile()
         while step < options.train_steps and not ended:
             step += 1
             trace(step - first_step, state)
             with jax.transfer_guard("disallow"):
                 with speed.waiting():
                     batch, positions = next(batches)
-                state, step_sums = train_step(state, batch, base)
+                state, step_sums = compiled_step(state, batch, base)
                 sums = step_sums if sums is None else add(sums, step_sums)
             advance()
 
