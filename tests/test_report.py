@@ -18,6 +18,7 @@ import pytest
 from recalign_jax import cli
 from recalign_jax.corpus.corpus import load_corpus
 from recalign_jax.reporting import comparisons, curves, figures, gin_text, recommendations, runs
+from recalign_jax.reporting.labels import labels_of
 from tests.corpora import prepare_shop
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -230,11 +231,11 @@ def test_runs_of_other_settings_are_no_seeds(shop, tmp_path):
     config = tmp_path / "tiny" / "1" / "config.gin"
     config.write_text(config.read_text().replace("LEARNING_RATE = ", "LEARNING_RATE = 1"))
     trained, evaluations = runs.find([str(tmp_path)])
-    found = comparisons.labels(trained, evaluations, lambda one: "shop")
+    found = labels_of(trained, evaluations, lambda one: "shop")
     assert sorted(found.values()) == ["0", "1"]
     config.write_text((tmp_path / "tiny" / "0" / "config.gin").read_text())  # the same run again
     trained, evaluations = runs.find([str(tmp_path)])
-    assert sorted(comparisons.labels(trained, evaluations, lambda one: "shop").values()) == ["0", "1"]
+    assert sorted(labels_of(trained, evaluations, lambda one: "shop").values()) == ["0", "1"]
 
 
 def compared(folder: pathlib.Path, other: pathlib.Path, change: dict) -> list[comparisons.Comparison]:
@@ -246,7 +247,7 @@ def compared(folder: pathlib.Path, other: pathlib.Path, change: dict) -> list[co
         told[name] = told[name] | values if isinstance(values, dict) else values
     path.write_text(json.dumps(told))
     trained, evaluations = runs.find([str(other / "runs")])
-    found = comparisons.labels(trained, evaluations, lambda one: "shop")
+    found = labels_of(trained, evaluations, lambda one: "shop")
     return comparisons.compare(evaluations, found, lambda one: "shop", {"shop": load_corpus("shop", folder / "data")})
 
 
@@ -283,7 +284,7 @@ def test_two_evaluations_of_one_run_that_lie_elsewhere_are_no_seeds(shop, tmp_pa
         (folder / "metrics.json").write_text(json.dumps(told | {"step": step, "model_dir": str(run)}))
     shutil.rmtree(run / "evaluation")
     trained, evaluations = runs.find([str(tmp_path)])
-    found = comparisons.labels(trained, evaluations, lambda one: "shop")
+    found = labels_of(trained, evaluations, lambda one: "shop")
     [comparison] = comparisons.compare(evaluations, found, lambda one: "shop", {})
     assert sorted((row.label, row.detail) for row in comparison.rows) == [
         ("tiny", "early, step 3"),
@@ -347,7 +348,7 @@ def test_prompts_are_samples_of_every_task(made):
 def test_recommendations_are_the_lists_of_the_evaluation(shop):
     trained, evaluations = runs.find([str(shop / "runs")])
     corpus = load_corpus("shop", shop / "data")
-    found = comparisons.labels(trained, evaluations, lambda one: "shop")
+    found = labels_of(trained, evaluations, lambda one: "shop")
     [comparison] = comparisons.compare(evaluations, found, lambda one: "shop", {"shop": corpus})
     row = recommendations.shown_row(comparison)
     people = recommendations.sample_users(comparison, corpus)

@@ -34,9 +34,9 @@ def load(
         for name, fingerprint in run.corpora.items():
             used.setdefault(name, set()).add(fingerprint)
     for evaluation in evaluations:
-        if name := evaluation.told.get("corpus"):
-            fingerprint = fingerprint_of(evaluation, name)
-            used.setdefault(name, set()).update([fingerprint] if fingerprint else [])
+        if told := evaluation.told.get("corpus"):
+            evaluated = fingerprint_of(evaluation, told)
+            used.setdefault(told, set()).update([evaluated] if evaluated else [])
     found, missing = {}, []
     for name, fingerprints in sorted(used.items()):
         try:

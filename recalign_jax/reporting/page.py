@@ -20,6 +20,7 @@ from recalign_jax.evaluation.report import EVALUATION_FILE
 from recalign_jax.reporting import comparisons, corpora, curves, figures, recommendations
 from recalign_jax.reporting.comparisons import Comparison, Row
 from recalign_jax.reporting.figures import Panel
+from recalign_jax.reporting.labels import labels_of
 from recalign_jax.reporting.runs import Evaluation, Run
 
 _TEMPLATES = pathlib.Path(__file__).parent / "templates"
@@ -45,7 +46,7 @@ def make(runs: Sequence[Run], evaluations: Sequence[Evaluation], named: Sequence
     found, missing_corpora = corpora.load(runs, evaluations, named, data_dir)
     everything: list[Run | Evaluation] = [*runs, *evaluations]
     of = {one: corpora.corpus_of(one, found) for one in everything}
-    labels = comparisons.labels(runs, evaluations, of.__getitem__)
+    labels = labels_of(runs, evaluations, of.__getitem__)
     trained = sorted(runs, key=lambda run: (run.kind != "train", labels[run], run.name))
     ordered = dict.fromkeys([*(labels[run] for run in trained), *sorted(labels.values())])
     color = {label: number for number, label in enumerate(ordered)}
