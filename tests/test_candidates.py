@@ -96,37 +96,61 @@ def test_the_target_stands_anywhere_among_its_candidates(beauty_corpus):
 # Neighbours.
 
 
-def brute_force(sequences, history, count, own) -> list[tuple[int, float]]:
-    """Every other item's similarity to the history, from the definition; the user's own part is left out of counts."""
-    popularity = Counter(item for part in sequences for item in set(part))
-    found = {}
-    for other in popularity:
-        if other in history:
-            continue
-        score = 0.0
-        for item in history:
-            both = sum(item in part and other in part for part in sequences) - (item in own and other in own)
-            score += both / (popularity[item] * popularity[other]) ** 0.5 if popularity[item] else 0.0
-        if score > 1e-9:
-            found[other] = score
-    return sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))[:count]
+def brute_force(parts, user, history) -> dict[int, float]:
+    """Every other item's similarity to a history, from the definition, with all numbers of the other users alone.
+
+    But for how similar an item must be to be one of another's NUM_KEPT nearest, which is of all users.
+    """
+    found: dict[int, float] = {}
+    whole = [set(part) for part in parts]
+    others = [part for owner, part in enumerate(whole) if owner != user]
+
+    def similarities(item, users) -> dict[int, float]:
+        beside = Counter(other for part in users if item in part for other in part if other != item)
+        return {other: both / sum(other in part for part in users) ** 0.5 for other, both in beside.items()}
+
+    for item in history:
+        of_all = similarities(item, whole)
+        nearest = sorted(of_all, key=lambda other: (-of_all[other], other))
+        least = of_all[nearest[NUM_KEPT - 1]] if len(nearest) > NUM_KEPT else 0.0
+        popularity = sum(item in part for part in others)
+        for other, similarity in similarities(item, others).items():
+            if other not in history and other in nearest[:NUM_KEPT] and similarity >= least:
+                found[other] = found.get(other, 0.0) + similarity / popularity**0.5
+    return found
 
 
 @settings(max_examples=60)
 @given(user=st.integers(0, 49), length=st.integers(1, 12), count=st.integers(1, 6), other=st.booleans())
 def test_neighbours_are_those_of_brute_force(shop_corpus, user, length, count, other):
-    assert shop_corpus.num_items - 1 > NUM_KEPT  # some lists are cut, and cosine ranks them
+    assert shop_corpus.num_items - 1 > NUM_KEPT
+    assert (co_occurrence(shop_corpus).least > 0).any()  # some lists are cut
     parts = [shop_corpus.training_sequence(owner).tolist() for owner in range(shop_corpus.num_users)]
-    history = shop_corpus.sequence(user)[:length]
-    own = [] if other else parts[user]
-    found = neighbours_of(shop_corpus, history, count, -1 if other else user).tolist()
-    expected = brute_force(parts, set(history.tolist()), 60, set(own))
-    scores = dict(expected)
-    # Only the 50 best of each item are known, so the last places may differ where the catalogue is that small.
+    history = np.unique(shop_corpus.sequence(user)[:length])
+    user = -1 if other else user
+    found = neighbours_of(shop_corpus, history, count, user).tolist()
+    expected = brute_force(parts, user, set(history.tolist()))
     assert not set(found) & set(history.tolist())
-    assert all(item in scores for item in found)
-    if length <= 2:
-        assert [scores[item] for item in found[:3]] == pytest.approx([score for _, score in expected[: min(3, count)]])
+    assert len(found) == min(count, len(expected))
+    best = sorted(expected.values(), reverse=True)[:count]
+    assert [expected[item] for item in found] == pytest.approx(best)
+
+
+def test_a_user_changes_nothing_of_which_neighbours_count(tmp_path):
+    """An item is among the nearest because of the user alone: with the count of others it is none."""
+    rows, time = [], iter(range(10**6))
+    for n in range(NUM_KEPT):  # p stands beside each of these twice
+        rows += [(f"user{n}{again}", item, next(time)) for again in "ab" for item in ("p", f"near{n}", "x", "y")]
+    for owner in ("first", "second"):
+        rows += [(owner, item, next(time)) for item in ("p", "next", "x", "y")]
+    rows += [("third", item, next(time)) for item in ("q", "next", "x", "y")]
+    rows += [("own", item, next(time)) for item in ("p", "next", "next", "x", "y")]
+    corpus = prepared("tables", write_tables(tmp_path / "raw", rows), tmp_path, "cut")
+    number = {corpus.item_source_id(item): item for item in range(corpus.num_items)}
+    user = next(user for user in range(corpus.num_users) if corpus.user_source_id(user) == "own")
+    history = np.asarray([number["p"]])
+    assert number["next"] in neighbours_of(corpus, history, 1000)
+    assert number["next"] not in neighbours_of(corpus, history, 1000, user)
 
 
 def test_the_next_item_of_the_user_alone_is_no_neighbour(tmp_path):

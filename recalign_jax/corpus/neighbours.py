@@ -16,10 +16,12 @@ _ITEMS_A_BLOCK = 4096
 
 
 class CoOccurrence(NamedTuple):
-    """The most frequent neighbours of each item, by cosine similarity."""
+    """The most similar items of each item, see `_similarity`."""
 
     items: np.ndarray  # int32 [I, M], -1 where there are no more
     counts: np.ndarray  # int32 [I, M], in how many users' training parts both occur
+    popularity: np.ndarray  # int64 [I], in how many users' training parts each occurs
+    least: np.ndarray  # float64 [I], the similarity of the last one; 0 where all that occur beside the item are there
 
 
 def users_items(corpus: Corpus) -> "scipy.sparse.csr_array":
@@ -38,10 +40,11 @@ def users_items(corpus: Corpus) -> "scipy.sparse.csr_array":
 def co_occurrence(corpus: Corpus) -> CoOccurrence:
     """Counts in how many training parts two items stand together; nothing held out is looked at."""
     matrix = users_items(corpus)
-    popularity = np.maximum(np.asarray(matrix.sum(axis=0)).ravel(), 1)
+    popularity = np.asarray(matrix.sum(axis=0)).ravel()
     kept = min(NUM_KEPT, corpus.num_items)
     items = np.full((corpus.num_items, kept), -1, np.int32)
     counts = np.zeros((corpus.num_items, kept), np.int32)
+    least = np.zeros(corpus.num_items)
     transposed = matrix.T.tocsr()
     for start in range(0, corpus.num_items, _ITEMS_A_BLOCK):
         block = (transposed[start : start + _ITEMS_A_BLOCK] @ matrix).tocsr()
@@ -50,17 +53,27 @@ def co_occurrence(corpus: Corpus) -> CoOccurrence:
             own = others != start + row
             others, count = others[own], count[own]
             # Of equal similarity, the smaller number: numbers are random.
-            best = np.lexsort((others, -count / np.sqrt(popularity[others])))[:kept]
+            similarity = _similarity(count, popularity[others])
+            best = np.lexsort((others, -similarity))[:kept]
             items[start + row, : len(best)] = others[best]
             counts[start + row, : len(best)] = count[best]
-    return CoOccurrence(items, counts)
+            if len(best) < len(others):
+                least[start + row] = similarity[best[-1]]
+    return CoOccurrence(items, counts, popularity, least)
+
+
+def _similarity(counts: np.ndarray, popularity: np.ndarray) -> np.ndarray:
+    """The cosine of an item's users and those of others, but for a factor of the item."""
+    return counts / np.sqrt(np.maximum(popularity, 1))
 
 
 def neighbours_of(corpus: Corpus, history: np.ndarray, count: int, user: int = -1) -> np.ndarray:
     """Returns the items that co-occur most with a history, best first, none of it: int32 [at most count].
 
-    An item's score is the sum over the history of co-occurrences / sqrt(popularity of both). Of a user of the corpus,
-    the user's own co-occurrences are left out: in training they would give the next item away.
+    An item's score is the sum over the history of co-occurrences / sqrt(popularity of both); of each item of the
+    history only the NUM_KEPT most similar ones count. A user of the corpus is left out of all these numbers: in
+    training the user's own co-occurrences would give the next item away. That holds for which items count, too: one
+    that the user has must come up to the NUM_KEPT-th without the user.
 
     Args:
       corpus: the corpus.
@@ -71,12 +84,12 @@ def neighbours_of(corpus: Corpus, history: np.ndarray, count: int, user: int = -
     if not len(history):
         return np.zeros(0, np.int32)
     known = co_occurrence(corpus)
-    items, counts = known.items[history], known.counts[history].astype(np.float64)  # [h, M]
-    popularity = corpus.training_popularity.astype(np.float64)
+    items, least = known.items[history], known.least[history]  # [h, M], [h]
     own = np.zeros(0, np.int32) if user < 0 else corpus.training_sequence(user)
-    theirs = np.isin(items, own) & np.isin(history, own)[:, None]
-    weight = np.sqrt(np.maximum(popularity[history], 1))[:, None] * np.sqrt(np.maximum(popularity[items], 1))
-    scores = np.where(items >= 0, (counts - theirs) / weight, 0.0)
+    of_history, of_items = np.isin(history, own)[:, None], np.isin(items, own)
+    similarity = _similarity(known.counts[history] - (of_history & of_items), known.popularity[items] - of_items)
+    weight = np.sqrt(np.maximum(known.popularity[history][:, None] - of_history, 1))
+    scores = np.where((items >= 0) & (similarity >= least[:, None]), similarity / weight, 0.0)
     candidates, place = np.unique(items, return_inverse=True)
     total = np.bincount(place.ravel(), scores.ravel(), len(candidates))
     total[np.isin(candidates, history) | (candidates < 0)] = 0
