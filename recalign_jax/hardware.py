@@ -38,7 +38,9 @@ CHIPS: tuple[tuple[str, Chip], ...] = (
     (r"NVIDIA A100.*40GB.*", _chip(312, 40e9 / GIB, 1555, 600)),
     (r"NVIDIA A100.*80GB.*", _chip(312, 80e9 / GIB, 2039, 600)),
     (r"NVIDIA H100 PCIe", _chip(756, 80e9 / GIB, 2000, 600)),
+    (r"NVIDIA H100 NVL", _chip(835, 94e9 / GIB, 3938, 600)),
     (r"NVIDIA H100.*", _chip(989, 80e9 / GIB, 3350, 900)),
+    (r"NVIDIA H200 NVL", _chip(835, 141e9 / GIB, 4800, 900)),
     (r"NVIDIA H200.*", _chip(989, 141e9 / GIB, 4800, 900)),
 )
 

@@ -3,6 +3,7 @@
 import ctypes
 import glob
 import os
+import signal
 
 
 def tell_libtpu_of_no_tpu() -> None:
@@ -32,6 +33,16 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, _MOST)
+
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def die_with_parent() -> None:
+    """Has the system kill this process when its parent ends in whatever way (Linux; elsewhere nothing changes)."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def has_tpu() -> bool:

@@ -24,10 +24,13 @@ def warn_of_ambiguous_items(corpus: Corpus, catalog: Catalog, words: Vocabulary)
     unknown = int((catalog.tokens == UNK_ID).any(axis=1).sum())
     if unknown <= _MANY_UNKNOWN * catalog.num_items and catalog.num_collisions <= _MANY_SHARED * catalog.num_items:
         return
+    advice = (
+        f"; `recalign vocab --corpus {corpus.name} --size N` trains a vocabulary on its text, for models that are "
+        "trained from random parameters"
+    )
     terminal.warn(
         f"{corpus.name}: of {catalog.num_items:,} items in format {catalog.item_format}, {unknown:,} hold characters "
         f"that vocabulary {words.path} lacks, and {catalog.num_collisions:,} have the tokens of another item, from "
         f"which no model can tell them. Tasks that end in _token or _id write an item's number instead, as "
-        f"{corpus.name}_retrieval_token; `recalign vocab --corpus {corpus.name} --size N` trains a vocabulary on its "
-        "text, for models that are trained from random parameters."
+        f"{corpus.name}_retrieval_token{advice if unknown else ''}."
     )

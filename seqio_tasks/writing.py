@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from recalign_jax.corpus.neighbours import neighbours_of
+from recalign_jax.corpus.statistics import rating_text
 from seqio_tasks import prompts
 from seqio_tasks.prompts import CANDIDATES, HISTORY, ITEM
 from seqio_tasks.specs import TaskSpec
@@ -78,7 +79,7 @@ def words_of(spec: TaskSpec) -> Words:
 @functools.lru_cache(maxsize=4096)
 def rating_tokens(vocabulary: Vocabulary, rating: float) -> np.ndarray:
     """A rating as the model writes it, as "4" or "3.5", without end of sequence."""
-    return _tokens(vocabulary, f"{rating:g}")
+    return _tokens(vocabulary, rating_text(rating))
 
 
 @functools.lru_cache(maxsize=8)

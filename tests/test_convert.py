@@ -364,6 +364,40 @@ def test_an_output_is_not_overwritten_unasked(folder, convert, tmp_path):
     assert (tmp_path / "notes" / "precious.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("beside", ["thesis.txt", "checkpoints/notes.txt"])
+def test_a_folder_that_only_looks_like_a_checkpoint_is_not_overwritten(folder, convert, tmp_path, beside):
+    path = tmp_path / "app" / beside
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    (tmp_path / "app" / "config.json").write_text('{"name": "a web app"}')
+    assert "holds no checkpoint" in convert(folder, tmp_path / "app", "recalign", "--overwrite", status=2)
+    convert(folder, tmp_path / "second", "huggingface")
+    (tmp_path / "second" / "thesis.txt").write_text("mine")
+    assert "or other files beside it" in convert(folder, tmp_path / "second", "recalign", "--overwrite", status=2)
+    assert {path.read_text(), (tmp_path / "second" / "thesis.txt").read_text()} == {"mine"}
+
+
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("to", ["huggingface", "recalign"])
+def test_an_own_checkpoint_with_altered_numbers_is_not_converted(folder, params, convert, tmp_path, to, converted):
+    """A whole file of another checkpoint, which its own checksums don't tell from the right one."""
+    changed = jax.tree.map(np.copy, params)
+    changed["encoder"]["encoder_norm"]["scale"][3] += 0.5
+    for name, values in (("run", params), ("other", changed)):
+        if converted:
+            write_folder(tmp_path / f"{name}_hf", state_dict(values, SMALL))
+            convert(tmp_path / f"{name}_hf", tmp_path / name, "recalign")
+        else:
+            metadata = {"identity": {}, "model": dataclasses.asdict(SMALL), "positions": []}
+            with training.open_checkpoints(str(tmp_path / name)) as checkpoints:
+                training.save(checkpoints, 1, values, {"count": np.int32(3)}, metadata)
+    shutil.rmtree(tmp_path / "run/checkpoints/1/params")
+    shutil.copytree(tmp_path / "other/checkpoints/1/params", tmp_path / "run/checkpoints/1/params")
+    message = convert(tmp_path / "run", tmp_path / "out", to, status=2)
+    assert "encoder/encoder_norm/scale is not what was saved" in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_is_not_overwritten(folder, params, convert, tmp_path):
     with training.open_checkpoints(str(tmp_path / "run")) as checkpoints:
         training.save(checkpoints, 3, params, {"count": np.int32(3)}, {"identity": {}, "positions": []})

@@ -1,6 +1,7 @@
 """Starting from a checkpoint of any format: what it has is taken over, the rest drawn, what doesn't fit is named."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -62,6 +63,21 @@ def test_t5x_checkpoint(kind):
     expected = flat(t5x.load_params(t5x.read_arrays(folder), T5X_TINY, kind))
     for name, array in expected.items():
         np.testing.assert_array_equal(loaded[name], array, err_msg=name)
+
+
+def test_an_own_checkpoint_with_altered_numbers_is_no_start(random_params, tmp_path):
+    """A whole file of another checkpoint, which its own checksums pass. A vocabulary that grew hides nothing else."""
+    for name, change in (("run", 0.0), ("other", 0.5)):
+        params = jax.tree.map(np.copy, random_params)
+        params["encoder"]["encoder_norm"]["scale"][3] += change
+        with training.open_checkpoints(str(tmp_path / name)) as checkpoints:
+            training.save(checkpoints, 3, params, {"count": np.int32(3)}, {"identity": {}, "positions": []})
+    shutil.rmtree(tmp_path / "run/checkpoints/3/params")
+    shutil.copytree(tmp_path / "other/checkpoints/3/params", tmp_path / "run/checkpoints/3/params")
+    for config in (SMALL, dataclasses.replace(SMALL, vocab_size=64, num_tokens=60)):
+        load_initial(str(tmp_path / "other"), config, 0, shapes(config))
+        with pytest.raises(InputError, match="encoder/encoder_norm/scale is not what was saved"):
+            load_initial(str(tmp_path / "run"), config, 0, shapes(config))
 
 
 def test_own_checkpoint(random_params, tmp_path):

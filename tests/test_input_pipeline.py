@@ -238,6 +238,33 @@ def test_first_windows_are_rendered_one_at_a_time_while_nobody_waits(components,
     assert threading.get_ident() not in turns
 
 
+def test_what_nobody_waits_for_is_not_rendered(components, monkeypatch):
+    """Python waits for its threads: a start that fails would end when all first windows are there."""
+    begun, may_go_on, done, rendered = threading.Event(), threading.Event(), threading.Semaphore(0), []
+    pack, in_turn = input_pipeline.pack_window, input_pipeline._in_turn
+
+    def pack_window(stream, window):
+        begun.set()
+        assert may_go_on.wait(60)
+        rendered.append(window)
+        return pack(stream, window)
+
+    def in_turn_and_told(*arguments):
+        found = in_turn(*arguments)
+        done.release()
+        return found
+
+    monkeypatch.setattr(input_pipeline, "pack_window", pack_window)
+    monkeypatch.setattr(input_pipeline, "_in_turn", in_turn_and_told)
+    stream = input_pipeline.make_stream(components, "train", 11, OPTIONS)
+    batches = PackedBatches(stream, input_pipeline.start_positions(OPTIONS))
+    assert begun.wait(60)
+    del batches
+    may_go_on.set()
+    assert all(done.acquire(timeout=60) for _ in range(OPTIONS.data_shards))
+    assert len(rendered) == 1
+
+
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_held_out_splits_stream_too(components, split):
     stream = input_pipeline.make_stream(components, split, 0, OPTIONS)
@@ -261,16 +288,27 @@ def test_another_number_of_shards_repeats_no_sample(stream):
     """RESUME_CHANGED with another BATCH_SIZE: what is read after it wasn't read before."""
     done = take(stream, 5)
     before = done[-1][1]
-    assert input_pipeline.resumed_positions(stream.options, before).tolist() == before.tolist()
+    size = stream.options.window
+    assert input_pipeline.resumed_positions(stream.options, before, size).tolist() == before.tolist()
     for shards in (1, 2, 3, 8):
         options = dataclasses.replace(stream.options, data_shards=shards)
-        positions = input_pipeline.resumed_positions(options, before)
+        positions = input_pipeline.resumed_positions(options, before, size)
         windows = positions[:, 0]
         assert positions.shape == (shards, 2)
         assert not positions[:, 1].any()
         # Each shard has its windows, and none that was begun; the first ones after these.
         assert (windows % shards).tolist() == list(range(shards))
         assert sorted(windows) == list(range(before[:, 0].max() + 1, before[:, 0].max() + 1 + shards))
+
+
+@pytest.mark.parametrize("window", [5, 6, 13, 24, 1000])
+def test_another_window_repeats_no_sample(stream, window):
+    """A window's number means other samples then: what goes on begins behind all that were begun, and not far."""
+    before = take(stream, 5)[-1][1]
+    options = dataclasses.replace(stream.options, window=window)
+    begun = (before[:, 0].max() + 1) * stream.options.window
+    first = window * input_pipeline.resumed_positions(options, before, stream.options.window)[:, 0].min()
+    assert begun <= first < begun + window
 
 
 # Bad input.

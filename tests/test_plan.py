@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from recalign_jax import cli, hardware, partitioning
 from recalign_jax.errors import InputError
-from recalign_jax.model import flops, t5
+from recalign_jax.model import flops, lora, t5
 from recalign_jax.model.config import T5Config
 from recalign_jax.model.lora import LoraOptions
 from recalign_jax.training import collectives, memory, packing, plan
@@ -41,6 +41,22 @@ def test_flops_of_a_step_are_xlas():
     batch = packing.batch_shapes(rows, length, targets)
     counted = jax.jit(jax.grad(loss)).lower(t5.abstract_params(WIDE), batch).compile().cost_analysis()["flops"]
     assert flops.train_step_flops(WIDE, rows, length, targets) == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize("targets", [("query", "value"), ("wi_0", "wi_1", "wo", "out", "key")])
+def test_flops_of_a_step_with_adapters_are_xlas(targets):
+    """Gradients of kernels without adapters aren't computed."""
+    rows, length, target_length = 4, 96, 32
+    options = LoraOptions(rank=1, targets=targets)
+    base = t5.abstract_params(WIDE)
+
+    def loss(adapters, base, batch):
+        return loss_sums(t5.graph(WIDE), lora.merge(base, adapters, options), batch, StepOptions(0.0), 1, None)[0]
+
+    adapters = jax.eval_shape(lambda key: lora.init_adapters(base, options, key), jax.random.key(0))
+    batch = packing.batch_shapes(rows, length, target_length)
+    counted = jax.jit(jax.grad(loss)).lower(adapters, base, batch).compile().cost_analysis()["flops"]
+    assert flops.train_step_flops(WIDE, rows, length, target_length, targets) == pytest.approx(counted, rel=0.02)
 
 
 def test_flops_grow_with_layers():

@@ -1,5 +1,6 @@
 """`recalign report`: the page says what stands in the folders of runs, whatever they lack, and nothing else."""
 
+import dataclasses
 import html.parser
 import importlib.metadata
 import itertools
@@ -17,7 +18,8 @@ import pytest
 
 from recalign_jax import cli
 from recalign_jax.corpus.corpus import load_corpus
-from recalign_jax.reporting import comparisons, curves, figures, gin_text, recommendations, runs
+from recalign_jax.errors import InputError
+from recalign_jax.reporting import comparisons, corpora, curves, figures, gin_text, recommendations, runs
 from recalign_jax.reporting.labels import labels_of
 from tests.corpora import prepare_shop
 
@@ -267,6 +269,83 @@ def test_what_does_not_compare_stands_by_itself(shop, tmp_path, change, part):
     assert {row.label for row in whole.rows} == {"tiny", "popularity", "sasrec"}
     assert whole.best("ndcg@10") < 0.99
     assert all("seeds" not in row.detail for row in (*whole.rows, *apart.rows))
+
+
+def made_up(**told) -> runs.Evaluation:
+    """An evaluation of retrieval and ranking, without a run."""
+    figures = {"retrieval": {"ndcg@10": 0.1, "users": 60}, "ranking": {"ndcg@10": 0.2, "users": 60}}
+    return runs.Evaluation(pathlib.Path("a"), "a", {"split": "test", "fingerprint": "f"} | figures | told, None)
+
+
+def rows_of(*evaluations: runs.Evaluation, corpus=None) -> dict[tuple[str, str], list[str]]:
+    """(family, part) -> details of its rows, of evaluations that are called alike."""
+    found = comparisons.compare(
+        evaluations, dict.fromkeys(evaluations, "model"), lambda one: "shop", {"shop": corpus} if corpus else {}
+    )
+    return {(one.family, one.part): sorted(row.detail for row in one.rows) for one in found}
+
+
+def test_other_candidates_are_no_seeds():
+    usual, fewer = {"test_negatives": 99, "candidate_seed": 0}, {"test_negatives": 9, "candidate_seed": 0}
+    found = rows_of(made_up(options=usual), made_up(options=fewer), made_up(method="popularity"))
+    assert {key for key in found if key[0] == "ranking"} == {("ranking", ""), ("ranking", "test_negatives 9")}
+    assert {key for key in found if key[0] == "retrieval"} == {("retrieval", "")}
+
+
+def test_options_that_a_family_does_not_use_do_not_split_its_seeds():
+    narrow, wide, older = ({"options": {"num_beams": 20}}, {"options": {"num_beams": 50}}, {})
+    found = rows_of(made_up(**narrow), made_up(**wide), made_up(**older))
+    retrieval = found["retrieval", ""]
+    assert [detail.split(", a")[0] for detail in retrieval] == ["num_beams 20", "num_beams 50", "options not recorded"]
+    assert all("num_beams" not in detail for detail in found["ranking", ""])
+    worded = rows_of(*(made_up(options={"evaluation_wording": word}) for word in ("seen", "held_out")))
+    assert all("evaluation_wording" in detail for details in worded.values() for detail in details)
+
+
+def test_fewer_users_than_the_corpus_has_are_fewer(shop):
+    """Also where none was evaluated on more: published figures are of all."""
+    corpus = load_corpus("shop", shop / "data")
+    few = made_up(retrieval={"ndcg@10": 0.1, "users": 10}, fingerprint=corpus.fingerprint)
+    assert ("retrieval", "10 users") in rows_of(few, corpus=corpus)
+
+
+def test_a_baseline_of_two_families_has_its_seeds_in_each():
+    found = [
+        runs.Run(pathlib.Path(family, str(seed)), f"{family}/{seed}", [], "a", {}, identity, {})
+        for family in ("rating", "rating_random")
+        for seed in (0, 1)
+        for identity in [{"method": "mf", "seed": seed, "family": family}]
+    ]
+    called = labels_of(found, [], lambda one: "shop")
+    assert [called[run] for run in found] == ["mf (rating)", "mf (rating)", "mf (rating_random)", "mf (rating_random)"]
+
+
+def test_seeds_in_folders_without_a_common_name_are_called_by_all(tmp_path):
+    found = [runs.Run(tmp_path / name, name, [], "a", {"SEED": n}, {}, {}) for n, name in enumerate(("s0", "s1"))]
+    found = [dataclasses.replace(run, identity={"seed": n}) for n, run in enumerate(found)]
+    assert set(labels_of(found, [], lambda one: "shop").values()) == {"s0, s1"}
+
+
+def test_prompts_are_not_shown_of_another_corpus(shop):
+    [run, *_] = [run for run in runs.find([str(shop / "runs")])[0] if run.kind == "train"]
+    found = {"shop": load_corpus("shop", shop / "data")}
+    assert corpora.prompts(run, str(shop / "data"), found)
+    other = dataclasses.replace(run, identity=run.identity | {"corpus shop": "0123"})
+    with pytest.raises(InputError, match="Corpus shop can't be had as it was"):
+        corpora.prompts(other, str(shop / "data"), found)
+
+
+def test_lists_of_another_corpus_are_not_shown(shop, tmp_path):
+    """Its users and targets can be the same, and its items others."""
+    shutil.copytree(shop / "runs", tmp_path / "runs")
+    shutil.copytree(shop / "data", tmp_path / "data")
+    for path in (tmp_path / "runs").rglob("metrics.json"):
+        if "popularity" not in str(path):
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "0123456789"}))
+    _, sections = report(tmp_path)
+    shown = text_of(sections["recommendations"])
+    assert "corpus 01234567" not in shown
+    assert len(list(sections["recommendations"].iter("mark"))) > 3  # popularity's
 
 
 def test_seeds_that_were_decoded_differently_are_rows_of_their_own(shop, tmp_path):

@@ -8,6 +8,7 @@ import signal
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from recalign_jax import partitioning
@@ -84,8 +85,10 @@ def test_the_best_checkpoint_stays_and_the_run_ends_early(run, tmp_path):
     assert result["best"] == {"step": 2, "metric": METRIC, "value": 0.5}
     assert locations.steps(str(tmp_path / "best")) == [5, 2]
     assert locations.locate(str(tmp_path / "best" / "best")) == (str(tmp_path / "best"), 2)
-    # Started again it neither trains nor evaluates.
+    # Started again it neither trains nor evaluates, and leaves all files as they are.
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "best").rglob("*")}
     assert run("best", [scripted([])], **options)["step"] == 5
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "best").rglob("*")} == files
 
 
 def test_lower_is_better_for_a_loss(run, tmp_path):
@@ -166,6 +169,19 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_used(run, tmp_path, caps
     assert "at step 2" in told.out
     assert (tmp_path / "hurt" / "damaged_checkpoints" / "4").is_dir()
     assert state(tmp_path / "hurt", 6) == state(tmp_path / "calm", 6)
+
+
+def test_too_little_memory_for_a_checkpoint_is_no_damage(run, tmp_path, monkeypatch):
+    run("memory", train_steps=4)
+
+    def restore(self, *arguments, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", restore)
+    with pytest.raises(RunError, match=r"Out of memory: RESOURCE_EXHAUSTED(?s:.)*A step of these settings needs"):
+        run("memory")
+    assert locations.steps(str(tmp_path / "memory")) == [4]
+    assert not (tmp_path / "memory" / "damaged_checkpoints").exists()
 
 
 def test_another_configuration_goes_on_only_when_told(run, capsys):

@@ -10,10 +10,13 @@ from typing import Any
 from recalign_jax import files, terminal
 from recalign_jax.checkpoint import export, locations, saved, streaming
 from recalign_jax.checkpoint.arrays import Array
+from recalign_jax.checkpoint.fingerprints import one_by_one
 from recalign_jax.checkpoint.formats import HUGGING_FACE, RECALIGN, Checkpoint, our_params
 from recalign_jax.checkpoint.hub import TOKENIZER_FILES
 from recalign_jax.errors import InputError
 
+# Of a folder of Hugging Face's, beside weights and tokenizer.
+_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 TARGETS = (HUGGING_FACE, RECALIGN)
 # Not 0: a run that is told to go on in such a folder must see that there is a checkpoint, and that it isn't its own.
 STEP = 1
@@ -31,8 +34,18 @@ def check_output(checkpoint: Checkpoint, output: pathlib.Path, overwrite: bool) 
             raise InputError(f"{output} holds {what}, which would be lost. Give another --output.")
     if (output / "metrics.jsonl").is_file() or any((output / locations.DIRECTORY).glob("*/optimizer")):
         raise InputError(f"{output} holds a training run, which is not overwritten. Give another --output.")
-    if not (output / "config.json").is_file() and not (output / locations.DIRECTORY).is_dir():
-        raise InputError(f"{output} holds no checkpoint, so it is not overwritten. Give another --output.")
+    if not _is_written_by_convert(output):
+        raise InputError(
+            f"{output} holds no checkpoint, or other files beside it, so it is not overwritten. Give another --output."
+        )
+
+
+def _is_written_by_convert(folder: pathlib.Path) -> bool:
+    """Whether a folder is a model of Hugging Face's or one of our own, and nothing more."""
+    if (folder / locations.DIRECTORY).is_dir():
+        return [path.name for path in folder.iterdir()] == [locations.DIRECTORY] and bool(locations.steps(str(folder)))
+    beside = {path.name for path in folder.iterdir()} - {*TOKENIZER_FILES, *_MODEL_FILES}
+    return any(folder.glob("*.safetensors")) and all(name.endswith(".safetensors") for name in beside)
 
 
 def _needed(checkpoint: Checkpoint) -> list[pathlib.Path]:
@@ -71,16 +84,20 @@ def convert(
       The number of parameters written.
 
     Raises:
-      InputError: when a parameter of the input is missing, left over or of an unexpected shape.
+      InputError: when a parameter of the input is missing, left over, of an unexpected shape, or (of one of our own)
+        not what was saved.
     """
     config = checkpoint.config
     params: dict[str, Array] = our_params(checkpoint, config, seed=0)
+    hashes = one_by_one(params) if checkpoint.fingerprints or to == RECALIGN else {}
+    checkpoint.check_whole(hashes)
     if to == HUGGING_FACE:
         params, config = export.without_padding(params, config)
     with files.atomic_directory(output) as aside, terminal.progress("convert", len(params), "parameters") as advance:
         if to == RECALIGN:
             metadata = {"identity": dict(identity), "model": dataclasses.asdict(config), "positions": []}
-            streaming.save_streaming(str(aside), STEP, params, metadata, advance)
+            metadata["fingerprints"] = {f"params/{path}": value for path, value in hashes.items()}
+            streaming.save_streaming(str(aside), STEP, params, saved.sealed(metadata), advance)
         else:
             export.write_model(aside, params, config, dtype, max_shard_bytes, advance)
             if vocabulary is not None:

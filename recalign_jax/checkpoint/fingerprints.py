@@ -1,6 +1,7 @@
 """Hashes of parameters by which a change of a single bit shows, the same however arrays lie over devices."""
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -23,10 +24,15 @@ def fingerprints(tree: Any) -> dict[str, int]:
     return {path: int(value) for path, value in jax.device_get(_hashes(by_path(tree))).items()}
 
 
+def one_by_one(flat: Mapping[str, Any]) -> dict[str, int]:
+    """`fingerprints` of arrays by path, of which each is read when its turn comes."""
+    return {path: fingerprints({path: jnp.asarray(leaf)})[path] for path, leaf in flat.items()}
+
+
 def fingerprint(params: Any) -> str:
     """One hash of all parameters, their names and shapes; those that are still on disk are read one by one."""
     flat = stacking.flatten(params)
-    hashes = {path: fingerprints({path: jnp.asarray(leaf)})[path] for path, leaf in flat.items()}
+    hashes = one_by_one(flat)
     text = "".join(f"{path} {flat[path].shape} {hashes[path]}\n" for path in sorted(flat))
     return hashlib.sha256(text.encode()).hexdigest()
 

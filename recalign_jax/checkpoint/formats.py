@@ -16,7 +16,7 @@ import numpy as np
 
 from recalign_jax.checkpoint import hub, huggingface, locations, saved, sizes, stacking, t5x
 from recalign_jax.checkpoint.arrays import Array, Index, LazyArray
-from recalign_jax.checkpoint.fingerprints import fingerprint
+from recalign_jax.checkpoint.fingerprints import fingerprint, one_by_one
 from recalign_jax.checkpoint.stacking import Source
 from recalign_jax.errors import InputError
 from recalign_jax.model import t5
@@ -46,6 +46,7 @@ class Checkpoint:
       folder: on this machine, None if it is elsewhere.
       identity: of the run, if it is of `recalign train`.
       model: the fields of `config` that the checkpoint tells; others are T5.1.1's.
+      fingerprints: hashes of its parameters by path, if it is one of our own that holds them all; see `check_whole`.
     """
 
     path: str
@@ -56,6 +57,11 @@ class Checkpoint:
     folder: pathlib.Path | None
     identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fingerprints: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def check_whole(self, found: Mapping[str, int]) -> None:
+        """Raises DamagedCheckpoint when parameters that were read have other hashes than were saved with them."""
+        saved.check_fingerprints(str(self.folder), self.fingerprints, found)
 
 
 def open_checkpoint(path: str) -> Checkpoint:
@@ -143,9 +149,11 @@ def _open_t5x(path: str, folder: pathlib.Path | None) -> Checkpoint:
 
 def _open_own(path: str, folder: pathlib.Path) -> Checkpoint:
     identity, model = saved.read_identity(str(folder)), saved.read_model(str(folder))
-    arrays = saved.read_arrays(str(folder))
+    arrays, hashes = saved.read_arrays(str(folder)), saved.read_fingerprints(str(folder))
     config = T5Config(**model | {"mlp_activations": tuple(model["mlp_activations"])}) if model else None
     if "base" in identity:
+        saved.check_fingerprints(str(folder), hashes, one_by_one(arrays))
+        hashes = {}  # of the adapters
         arrays = _merged(path, arrays, LoraOptions(**identity["lora"]), identity["base"], config)
     if config is None:
         config = sizes.infer({name: tuple(array.shape) for name, array in arrays.items()}, path)
@@ -155,7 +163,7 @@ def _open_own(path: str, folder: pathlib.Path) -> Checkpoint:
         paths = stacking.flatten(t5.abstract_params(config))
         return {path: Source((path,), stacked=False, transposed=False) for path in paths}
 
-    return Checkpoint(path, RECALIGN, config, arrays, sources, folder, identity, model)
+    return Checkpoint(path, RECALIGN, config, arrays, sources, folder, identity, model, hashes)
 
 
 def _seen(config: T5Config) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import jax
 from recalign_jax import partitioning
 from recalign_jax.checkpoint import locations, saved, stacking
 from recalign_jax.checkpoint.arrays import place
-from recalign_jax.checkpoint.fingerprints import fingerprint
+from recalign_jax.checkpoint.fingerprints import fingerprint, fingerprints
 from recalign_jax.checkpoint.formats import check_base, check_model, open_base, open_checkpoint, our_params
 from recalign_jax.errors import InputError
 from recalign_jax.model import lora
@@ -30,10 +30,17 @@ def load_initial(path: str, config: T5Config, seed: int, params: Any) -> Any:
       Parameters laid out as `params`.
 
     Raises:
-      InputError: when there is no checkpoint, or a parameter is missing, left over or of another shape.
+      InputError: when there is no checkpoint, or a parameter is missing, left over, of another shape, or (of one of our
+        own) not what was saved.
     """
     try:
-        return _placed(our_params(open_checkpoint(path), config, seed), params)
+        checkpoint = open_checkpoint(path)
+        placed = _placed(our_params(checkpoint, config, seed), params)
+        # Not those that new rows were added to.
+        stored = {name: leaf for name, leaf in stacking.flatten(placed).items() if name in checkpoint.fingerprints}
+        stored = {name: leaf for name, leaf in stored.items() if leaf.shape == tuple(checkpoint.arrays[name].shape)}
+        checkpoint.check_whole(fingerprints(stored))
+        return placed
     except InputError as error:
         raise InputError(f"INITIAL_CHECKPOINT: {error.message}") from None
 

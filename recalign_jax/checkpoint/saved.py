@@ -4,17 +4,17 @@ A checkpoint is `MODEL_DIR/checkpoints/STEP/{params,optimizer,metadata}`. Parame
 items: evaluation and inference read the parameters alone. The metadata is JSON:
   identity: what a resumed run must have in common with the saved one;
   model: the model's configuration (fields of T5Config);
-  positions: of the data shards;
+  positions: of the data shards, and `window`, the samples of a window of them;
   record: what was measured up to the step;
   fingerprints: a hash of every array, `params/...` and `optimizer/...`;
   checksum: of all of this.
-The last three are a run's own; a converted model lacks them.
+A converted model has no positions and no record, and only its parameters' hashes.
 """
 
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -98,7 +98,8 @@ def read_tree(folder: pathlib.Path, item: str, tree: Any, metadata: dict[str, An
       InputError: when an array is missing, left over or of another shape.
       DamagedCheckpoint: when it can't be read, or is not what was saved.
     """
-    if "fingerprints" not in metadata and not (folder / item).exists():
+    was_saved = any(name.startswith(f"{item}/") for name in metadata.get("fingerprints", {}))
+    if not was_saved and not (folder / item).exists():
         raise InputError(
             f"{folder} holds a converted model, which has no {item} state to go on with: train in another MODEL_DIR, "
             f"with --gin.INITIAL_CHECKPOINT={folder}."
@@ -110,6 +111,10 @@ def read_tree(folder: pathlib.Path, item: str, tree: Any, metadata: dict[str, An
         def read_or_damaged() -> Any:
             try:
                 return read()
+            except (jax.errors.JaxRuntimeError, MemoryError) as error:  # the device's, and no damage
+                if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                    raise
+                raise _damaged(folder, f"{item} can't be {what} ({_first_line(error)})") from error
             except Exception as error:  # whatever a library finds in a damaged file
                 raise _damaged(folder, f"{item} can't be {what} ({_first_line(error)})") from error
 
@@ -155,6 +160,18 @@ def read_identity(path: str) -> dict[str, Any]:
 def read_model(path: str) -> dict[str, Any]:
     """The configuration of a checkpoint's model (fields of T5Config); empty if it doesn't say."""
     return read_metadata(locations.folder_of(*locations.locate(path))).get("model", {})
+
+
+def read_fingerprints(path: str) -> dict[str, int]:
+    """The hashes of a checkpoint's parameters by their paths, which it was saved with."""
+    saved = read_metadata(locations.folder_of(*locations.locate(path))).get("fingerprints", {})
+    return {name.removeprefix("params/"): value for name, value in saved.items() if name.startswith("params/")}
+
+
+def check_fingerprints(path: str, saved: Mapping[str, int], found: Mapping[str, int]) -> None:
+    """Raises DamagedCheckpoint when parameters of a checkpoint, by path, have other hashes than were saved."""
+    if changed := sorted(name for name in found.keys() & saved.keys() if found[name] != saved[name]):
+        raise _damaged(locations.folder_of(*locations.locate(path)), f"{_some(changed)} is not what was saved")
 
 
 def read_arrays(path: str) -> dict[str, Array]:

@@ -14,6 +14,7 @@ from recalign_jax import terminal
 from recalign_jax.baselines import bprmf, itemknn, mf, popularity, sasrec, scores
 from recalign_jax.baselines.fit import FitOptions, Run, training_seconds
 from recalign_jax.checkpoint import locations
+from recalign_jax.corpus.candidates import NUM_TEST_NEGATIVES
 from recalign_jax.corpus.corpus import Corpus, load_corpus
 from recalign_jax.errors import InputError
 from recalign_jax.evaluation import ranking, rating, report, results, retrieval
@@ -73,7 +74,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         evaluation = dataclasses.replace(evaluation, max_users=args.max_users)
     tasks = [f"{corpus.name}_{family}" for family in families]
     told = {"method": args.method, "corpus": corpus.name, "tasks": tasks, "split": args.split}
-    told["options"] = {"filter_history": evaluation.filter_history}
+    of_candidates = {"test_negatives": NUM_TEST_NEGATIVES, "candidate_seed": ranking.CANDIDATE_SEED}
+    told["options"] = {"filter_history": evaluation.filter_history} | of_candidates
     if issubclass(method.options, FitOptions):
         answers, of_training = _trained(args, method, corpus, families[0])
         told |= of_training

@@ -23,8 +23,12 @@ USES_GIN = True
 
 # Gin names that training and evaluation both have, and that needn't be the same.
 OF_THE_COMMAND = ("MAX_EVAL_USERS", "MESH")
-# What figures depend on beside the checkpoint: evaluations that differ in it don't compare as seeds do.
-TOLD_OPTIONS = ("filter_history", "num_beams", "scores", "length_penalty", "max_input_tokens")
+# What figures depend on beside the checkpoint, and `recalign report` tells evaluations apart by.
+TOLD_OPTIONS = (
+    *("filter_history", "num_beams", "scores", "length_penalty", "max_input_tokens"),
+    *("history_length", "max_item_tokens", "item_fields", "neighbours", "rating_history", "evaluation_wording"),
+    *("test_negatives", "candidate_seed"),
+)
 # Options that both have.
 OF_BOTH = ("TaskOptions.", "T5Config.", "DecodingOptions.", "EvaluationOptions.")
 
@@ -74,7 +78,8 @@ def eval_command(
                 terminal.warn("Not every prompt has room for all candidates; all are scored. See MAX_INPUT_TOKENS.")
             yield f"{spec.name}, {split} split, step {model.step}", result
 
-    options = dataclasses.asdict(results.EvaluationOptions()) | dataclasses.asdict(DecodingOptions())
+    given = (results.EvaluationOptions(), DecodingOptions(), TaskOptions())
+    options = {name: value for one in given for name, value in dataclasses.asdict(one).items()}
     about = {"corpus": tasks[0].corpus.name, "tasks": [spec.name for spec in tasks], "split": split, "step": model.step}
     about |= {"model_dir": model.model_dir, "options": {name: options[name] for name in TOLD_OPTIONS}}
     place = None if output_dir is None else str(output_dir)  # a folder may be called 2024

@@ -11,6 +11,8 @@ from recalign_jax.corpus.extend import OF_THE_CORPUS, SIZES, extend, is_nothing
 from recalign_jax.corpus.prepare import SOURCES, PrepareOptions
 from recalign_jax.corpus.sources import rejects, tables
 
+MANY_REJECTED = 0.05  # of the rows of a table
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the command."""
@@ -109,6 +111,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _advise(counts: dict[str, int], extended: bool) -> None:
     """Tells of counts that are seldom meant."""
+    for what in ("interactions", "items"):
+        read, rejected = counts[f"{what}_read"], counts[f"{what}_rejected"]
+        if rejected > MANY_REJECTED * read:
+            terminal.warn(
+                f"{rejected:,} of {read:,} {what} were bad rows and are left out: rejected.jsonl says why. (A "
+                "first row decides which columns there are; --rating_column and others name them.)"
+            )
     if extended:
         if dropped := counts["interactions_dropped_by_k_core"]:
             terminal.say(

@@ -88,9 +88,9 @@ def assemble(
     }
     if not len(log.users):
         reason = f" The last bad row: {reject.last}" if reject.last else ""
+        dropped = f", {distinct} dropped by --k_core {k_core}" if k_core else ""
         raise errors.InputError(
-            f"No interaction is left: {accepted + rejected} rows read, {rejected} of them bad, "
-            f"{distinct} dropped by --k_core {k_core}.{reason}"
+            f"No interaction is left: {accepted + rejected} rows read, {rejected} of them bad{dropped}.{reason}"
         )
     met = {log.item_ids[number] for number in np.unique(log.items)}
     texts, new_texts, item_counts = _join_items(

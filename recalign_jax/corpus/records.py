@@ -121,7 +121,10 @@ def get(row: Mapping[str, Any], column: str) -> Any:
 
 
 def identifier(value: object, column: str) -> str:
-    """Returns a user or item id as text (whole numbers are allowed); RowError if empty or of another type."""
+    """Returns a user or item id as text (whole numbers are allowed); RowError if empty or of another type.
+
+    White space at its ends is no part of an id, as files of ids have it that were made by hand.
+    """
     if not isinstance(value, str):
         # A column with gaps has 7.0 for 7, and databases write whole numbers as decimals.
         if isinstance(value, (float, decimal.Decimal)) and _is_whole(value):
@@ -129,7 +132,8 @@ def identifier(value: object, column: str) -> str:
         if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() <= 64:
             return str(value)
         raise RowError(f"{column} must be text or a whole number of 64 bits, not {shown(value)}")
-    if not value or value.isspace():
+    value = value.strip()
+    if not value:
         raise RowError(f"{column} is empty")
     if "\0" in value:
         raise RowError(f"{column} holds a NUL byte: {shown(value)}")

@@ -53,10 +53,15 @@ def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
+def rating_text(rating: float) -> str:
+    """A rating as it is written and read, as "4" or "3.5": the fewest digits that tell it from others in float32."""
+    return np.format_float_positional(np.float32(rating), trim="-")
+
+
 def _histogram(ratings: np.ndarray) -> dict[str, int]:
     """Returns how often each rating occurs; of many different ones, in ten bins of equal width."""
     values, counts = np.unique(ratings, return_counts=True)
     if len(values) <= _MAX_RATING_VALUES:
-        return {f"{value:g}": int(count) for value, count in zip(values, counts, strict=True)}
+        return {rating_text(value): int(count) for value, count in zip(values, counts, strict=True)}
     counts, edges = np.histogram(ratings.astype(np.float64), bins=10)
     return {f"{low:g} to {high:g}": int(n) for low, high, n in zip(edges, edges[1:], counts, strict=False)}

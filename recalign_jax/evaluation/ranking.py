@@ -12,12 +12,17 @@ from recalign_jax.evaluation import results
 from recalign_jax.evaluation.results import Result
 from seqio_tasks.examples import Query, ScoreCandidates
 
+CANDIDATE_SEED = 0
 KS = (1, 5, 10)
 METRICS = ("hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr@10")
 
 
 def candidates(
-    corpus: Corpus, split: str, queries: Sequence[Query], negatives: int = NUM_TEST_NEGATIVES, seed: int = 0
+    corpus: Corpus,
+    split: str,
+    queries: Sequence[Query],
+    negatives: int = NUM_TEST_NEGATIVES,
+    seed: int = CANDIDATE_SEED,
 ) -> np.ndarray:
     """The candidates of held-out queries, the target among them, in random order: int32 [n, C].
 

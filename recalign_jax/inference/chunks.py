@@ -41,8 +41,9 @@ def finished(output_dir: pathlib.Path, job: dict[str, Any]) -> Counts | None:
     told = _read(output_dir / JOB_FILE)
     if told is None or told.get("job") != job:
         return None
-    if told["results"] != _described(output.path_of(output_dir, job["output_format"])):
-        return None  # killed while other results took their place
+    files = {"results": output.path_of(output_dir, job["output_format"]), "rejected": output_dir / REJECTED_FILE}
+    if any(told.get(name) != _described(path) for name, path in files.items()):
+        return None  # killed while those of another job took their place
     if _read(output_dir / _UNFINISHED / JOB_FILE) == job:  # not another one's, which may still be at work
         _remove(output_dir)
     _sweep(output_dir)
@@ -120,6 +121,8 @@ def finish(output_dir: pathlib.Path, job: dict[str, Any], found: dict[int, Count
     try:
         with atomic_file(output_dir / REJECTED_FILE, aside_in=folder) as aside, aside.open("wb") as file:
             output.concatenate(file, (_path(output_dir, number, "rejected.jsonl") for number in sorted(found)))
+            file.flush()
+            rejected = _described(aside)
         with atomic_file(results, aside_in=folder) as aside:
             output.write(aside, job["output_format"], (_path(output_dir, number, "jsonl") for number in sorted(found)))
             described = _described(aside)
@@ -127,7 +130,8 @@ def finish(output_dir: pathlib.Path, job: dict[str, Any], found: dict[int, Count
             if name != results.name:
                 (output_dir / name).unlink(missing_ok=True)  # of an earlier job
         with atomic_file(output_dir / JOB_FILE, aside_in=folder) as aside:
-            text = json.dumps({"counts": counts, "results": described, "job": job}, indent=1) + "\n"
+            told = {"counts": counts, "results": described, "rejected": rejected, "job": job}
+            text = json.dumps(told, indent=1) + "\n"
             aside.write_text(text, encoding="utf-8")
     except FileNotFoundError:
         if finished(output_dir, job) is None:  # another one was faster, and swept up

@@ -62,9 +62,10 @@ def request_of(corpus: Corpus, needs: Needs, row: reading.Row) -> Request:
     unknown: list[str] = []
 
     def resolved(cell: Any, column: str) -> list[int]:
-        names = [name_of(value, f"each of {column}") for value in _list(cell, column)]
-        unknown.extend(name for name in names if name not in numbers)
-        return [numbers.get(name, -1) for name in names]
+        values = _list(cell, column)
+        found = [numbers.get(name_of(value, f"each of {column}"), -1) for value in values]
+        unknown.extend(str(value).strip() for value, number in zip(values, found, strict=True) if number < 0)
+        return found
 
     column = "titles" if by_title else "items"
     history = np.asarray(resolved(_cell(row, column), column), np.int32)
@@ -94,6 +95,7 @@ def _list(value: Any, column: str) -> Sequence[Any]:
     if value is None or value == "":
         return ()
     if isinstance(value, str):
+        value = value.strip()
         if value.startswith("["):
             with contextlib.suppress(ValueError, RecursionError, RowError):  # a title may begin like this
                 value = reading.json_object(f'{{"list": {value}}}'.encode())["list"]

@@ -2,14 +2,15 @@
 
 import collections
 import functools
-import itertools
 import json
 import pathlib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from recalign_jax.corpus.candidates import NUM_TEST_NEGATIVES
 from recalign_jax.corpus.corpus import Corpus
+from recalign_jax.evaluation.ranking import CANDIDATE_SEED
 from recalign_jax.reporting.corpora import fingerprint_of
 from recalign_jax.reporting.runs import Evaluation, Run
 from recalign_jax.training import steering
@@ -24,6 +25,19 @@ METRICS = {
     "rating": ("rmse", "mae", "rmse_argmax", "mae_argmax"),
 }
 MAIN = {"retrieval": "ndcg@10", "ranking": "ndcg@10", "rating": "rmse"}
+# Options of an evaluation by family. Figures of other values than these don't compare with the others.
+_USUAL: dict[str, dict[str, Any]] = {
+    "retrieval": {"filter_history": True},
+    "ranking": {"test_negatives": NUM_TEST_NEGATIVES, "candidate_seed": CANDIDATE_SEED},
+    "rating": {},
+}
+# Those that tell rows apart: how a model was asked.
+_PROMPT = ("max_input_tokens", "history_length", "max_item_tokens", "item_fields", "neighbours", "evaluation_wording")
+_ASKED = {
+    "retrieval": ("num_beams", "scores", "length_penalty", *_PROMPT),
+    "ranking": ("scores", "length_penalty", *_PROMPT),
+    "rating": (*_PROMPT, "rating_history"),
+}
 _RANDOM = " of the random 8:1:1"
 _PUBLISHED_SPLITS = {"retrieval": "test", "ranking": "test", "rating": f"test{_RANDOM}"}
 _PUBLISHED = pathlib.Path(__file__).parent / "published.json"
@@ -68,7 +82,7 @@ class Comparison(NamedTuple):
     """Rows of one family on one split of a corpus ("" where nothing says which).
 
     `part` says what keeps them from being compared with others of these: fewer users, another corpus of that name,
-    lists that the history stays in; "" of the others.
+    lists that the history stays in, other candidates; "" of the others.
     """
 
     corpus: str
@@ -103,7 +117,7 @@ def compare(
 ) -> list[Comparison]:
     """Puts evaluations of one corpus, split and family together, the seeds of a run in one row, the best row first.
 
-    Of several evaluations of one run each has a row of its own, and so have seeds that were decoded differently. What
+    Of several evaluations of one run each has a row of its own, and so have seeds that were asked differently. What
     doesn't compare with the others stands by itself, see `Comparison.part`.
     """
     placed: dict[tuple[str, str, str], list[Evaluation]] = {}
@@ -119,7 +133,7 @@ def compare(
     found = []
     for corpus, split, family, part in sorted(grouped, key=lambda key: (*key[:2], order.index(key[2]), key[3])):
         members, main = grouped[corpus, split, family, part], MAIN[family]
-        rows = [_row(label, detail, seeds, family) for label, detail, seeds in _groups(members, labels)]
+        rows = [_row(label, detail, seeds, family) for label, detail, seeds in _groups(members, labels, family)]
         sign = 1 if lower_is_better(main) else -1
         rows.sort(key=lambda row: (sign * row.cells[main].value, row.label))
         whole = split == _PUBLISHED_SPLITS[family] and not part
@@ -139,12 +153,12 @@ def _comparable(
     for member in members:
         fingerprint = fingerprint_of(member, name)
         other = f"corpus {fingerprint[:8]}" if fingerprint and fingerprint not in expected else ""
-        unfiltered = family == "retrieval" and not _options(member).get("filter_history", True)
-        reasons = (other, "history not filtered" if unfiltered else "")
-        apart.setdefault(", ".join(filter(None, reasons)), []).append(member)
+        apart.setdefault(", ".join(filter(None, (other, *_unusual(member, family)))), []).append(member)
     found: dict[str, list[Evaluation]] = {}
     for reason, alike in apart.items():
         most = max(_users(member, family) for member in alike)
+        if corpus and "corpus " not in reason and not _split(alike[0], family).endswith(_RANDOM):
+            most = max(most, len(corpus.evaluation_users))
         for member in alike:
             count = _users(member, family)
             fewer = f"{count:,} users" if 0 < count < most else ""
@@ -152,25 +166,34 @@ def _comparable(
     return found
 
 
+def _unusual(evaluation: Evaluation, family: str) -> Iterator[str]:
+    """In what it is not as evaluations are."""
+    for name, usual in _USUAL[family].items():
+        value = _options(evaluation).get(name, usual)
+        if value != usual:
+            yield "history not filtered" if name == "filter_history" else f"{name} {value}"
+
+
 def _options(evaluation: Evaluation) -> dict[str, Any]:
-    """What it was decoded with; empty where nothing says it."""
+    """How it was made; empty where nothing says it."""
     return evaluation.told.get("options", {})
 
 
 def _groups(
-    members: Sequence[Evaluation], labels: dict[Run | Evaluation, str]
+    members: Sequence[Evaluation], labels: dict[Run | Evaluation, str], family: str
 ) -> list[tuple[str, str, list[Evaluation]]]:
     """(label, what tells it from others of this label, the evaluations of a row).
 
     One with a run twice is split: the same again is no other seed.
     """
-    of_all = [_options(member) for member in members if _options(member)]
-    names = dict.fromkeys(itertools.chain.from_iterable(of_all))
-    # Baselines have few options; those that a row lacks don't tell it apart.
-    varying = [name for name in names if len({repr(options[name]) for options in of_all if name in options}) > 1]
+    of_all = [_options(member) for member in members]
+    values = {name: {repr(options[name]) for options in of_all if name in options} for name in _ASKED[family]}
+    varying = [name for name, different in values.items() if len(different) > 1]
     by_label: dict[tuple[str, str, str], list[Evaluation]] = {}
     for member in members:
         asked = ", ".join(f"{name} {_options(member)[name]}" for name in varying if name in _options(member))
+        if any(values.values()) and not _options(member) and "method" not in member.told:
+            asked = "options not recorded"
         by_label.setdefault((labels[member.run or member], _place(member), asked), []).append(member)
     found = []
     places = collections.Counter(label for label, _ in {(label, place) for label, place, _ in by_label})

@@ -110,7 +110,11 @@ def prompts(run: Run, data_dir: str | None, corpora: dict[str, Corpus]) -> list[
     if run.values.get("train.mixture_or_task_module"):
         raise InputError(f"{run.mixture} comes from a module of its own, which is not run for a report.")
     parts = task_names.split_name(run.mixture, data_dir)
-    lacking = set(parts.corpora) - corpora.keys()
+    lacking = {
+        name
+        for name in parts.corpora
+        if name not in corpora or run.corpora.get(name, corpora[name].fingerprint) != corpora[name].fingerprint
+    }
     if lacking:
         raise InputError(f"Corpus {', '.join(sorted(lacking))} can't be had as it was.")
     words = vocabulary.load(vocabulary.find(run.values.get("train.vocabulary") or "", data_dir))

@@ -49,7 +49,8 @@ def _but_for_the_seed(run: Run) -> Any:
         return id(run)
     ignored = ("SEED", "MODEL_DIR", "TrainOptions.seed", "train.model_dir", "TrainOptions.model_dir")
     values = {name: repr(value) for name, value in run.values.items() if name not in ignored}
-    return run.method, frozenset(run.corpora.items()), frozenset(values.items())
+    # What a baseline rates is no setting of gin.
+    return run.method, run.identity.get("family"), frozenset(run.corpora.items()), frozenset(values.items())
 
 
 def _method(one: Run | Evaluation) -> str:
@@ -60,4 +61,4 @@ def _parts(members: Sequence[Run | Evaluation]) -> list[str]:
     """The parts of the path of one run, or those that the paths of several have in common."""
     paths = [pathlib.PurePath(member.name).parts for member in members]
     shared = [column[0] for column in zip(*paths, strict=False) if len(set(column)) == 1]
-    return shared or list(paths[0])
+    return shared or [", ".join("/".join(parts) for parts in paths)]

@@ -185,6 +185,8 @@ def _recommended(
     corpus, row = found.get(comparison.corpus), recommendations.shown_row(comparison)
     if comparison.family != "retrieval" or corpus is None or row.evaluation is None:
         return None
+    if corpora.fingerprint_of(row.evaluation, corpus.name) not in ("", corpus.fingerprint):
+        return None
     if not corpora.is_of(row.evaluation, corpus):
         return None
     return comparison, row, recommendations.sample_users(comparison, corpus)

@@ -21,7 +21,7 @@ from recalign_jax.training import log, steering
 
 FAMILIES = ("retrieval", "ranking", "rating")
 _WITHOUT_RUNS = ("checkpoints", "damaged_checkpoints", "profile", "tries")
-# The best of a run is by BEST_METRIC, or else by the first of these that it logged.
+# The best of a run is by BEST_METRIC, or else by the first of these that it logged, behind a corpus's name or not.
 _MAIN_METRICS = ("ndcg@10", "ranking_ndcg@10", "rating_rmse", "loss")
 RUNNING_SECONDS = 300
 
@@ -105,7 +105,10 @@ class Run:
         chosen = self.values.get("TrainOptions.best_metric")
         names = dict.fromkeys(name for record in self.records for name in record)
         main = (
-            n for ending in _MAIN_METRICS for n in names if re.fullmatch(f"validation_(.+_)?{re.escape(ending)}", n)
+            name
+            for metric in _MAIN_METRICS
+            for name in names
+            if re.fullmatch(f"validation_(.+_)?(?<!ranking_)(?<!rating_){re.escape(metric)}", name)
         )
         return chosen or next(main, "")
 

@@ -23,7 +23,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from recalign_jax import partitioning
+from recalign_jax import host, partitioning
 from recalign_jax.errors import InputError, check_choice, check_kinds
 from recalign_jax.training import packing
 from seqio_tasks.components import Component
@@ -157,18 +157,17 @@ def pack_window(stream: Stream, window: int) -> Batch:
     lengths = options.task_feature_lengths
     limits = Limits(**lengths)
     where = addresses(stream, window)
-    with _ONE_AT_A_TIME:
-        rendered = [
-            stream.tasks[task].render(stream.split, index, epoch, stream.seed, limits) for task, epoch, index in where
-        ]
-        rows = packing.pack(
-            [sample.inputs for sample in rendered],
-            [sample.targets for sample in rendered],
-            np.asarray([task for task, _, _ in where]),
-            lengths["inputs"],
-            lengths["targets"],
-            options.loss_normalization,
-        )
+    rendered = [
+        stream.tasks[task].render(stream.split, index, epoch, stream.seed, limits) for task, epoch, index in where
+    ]
+    rows = packing.pack(
+        [sample.inputs for sample in rendered],
+        [sample.targets for sample in rendered],
+        np.asarray([task for task, _, _ in where]),
+        lengths["inputs"],
+        lengths["targets"],
+        options.loss_normalization,
+    )
     shuffle = np.random.Generator(np.random.Philox(key=[stream.seed, window])).permutation(
         len(rows["encoder_input_tokens"])
     )
@@ -211,16 +210,16 @@ def start_positions(options: InputOptions) -> np.ndarray:
     return np.stack([np.arange(shards), np.zeros(shards, np.int64)], axis=1)
 
 
-def resumed_positions(options: InputOptions, positions: np.ndarray) -> np.ndarray:
-    """Where a run goes on with `positions` [S, 2] of another start, int64 [S', 2].
+def resumed_positions(options: InputOptions, positions: np.ndarray, window: int) -> np.ndarray:
+    """Where a run goes on with `positions` [S, 2] of another start, in windows of `window` samples: int64 [S', 2].
 
-    Another number of shards goes on behind all windows that were begun: no sample is seen twice, and those left in
-    these windows are passed over.
+    Another number of shards, or another window, goes on behind all windows that were begun: no sample is seen twice,
+    and those left in these windows are passed over.
     """
     shards = options.num_shards()
-    if len(positions) == shards:
+    if len(positions) == shards and window == options.window:
         return positions
-    first = positions[:, 0].max() + 1
+    first = -(-(positions[:, 0].max() + 1) * window // options.window)  # rounded up
     windows = first + (np.arange(shards) - first) % shards
     return np.stack([windows, np.zeros(shards, np.int64)], axis=1)
 
@@ -282,16 +281,25 @@ class _Shard:
     def __init__(self, stream: Stream, num_shards: int, window: int, row: int):
         self._step = num_shards
         self.position = (int(window), int(row))
-        windows = grain.MapDataset.range(int(window), 2**62, num_shards).map(functools.partial(pack_window, stream))
+        self._dropped = threading.Event()
+        workers = stream.options.workers
+        if workers:
+            pack = functools.partial(_in_worker, stream)
+        else:
+            pack = functools.partial(_in_turn, stream, self._dropped)
+        windows = grain.MapDataset.range(int(window), 2**62, num_shards).map(pack)
         prefetched = windows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-        if stream.options.workers:
+        if workers:
             # Grain's workers read absl's flags, which only absl's own main function parses.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
-            prefetched = prefetched.mp_prefetch(grain.MultiprocessingOptions(num_workers=stream.options.workers))
+            prefetched = prefetched.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
         self._windows = iter(prefetched)
         self._windows.start_prefetch()
         self._current: Batch | None = None
+
+    def __del__(self) -> None:
+        self._dropped.set()
 
     def take(self, count: int) -> Batch:
         """The next `count` rows, over the end of a window if need be."""
@@ -308,3 +316,15 @@ class _Shard:
             self.position = (window, row + taken)
             count -= taken
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _in_worker(stream: Stream, window: int) -> Batch:
+    """`pack_window` in a process of its own, which must not outlive a training that is killed."""
+    host.die_with_parent()
+    return pack_window(stream, window)
+
+
+def _in_turn(stream: Stream, dropped: threading.Event, window: int) -> Batch:
+    """`pack_window` in a thread. Python waits for its threads before it ends: what nobody waits for isn't rendered."""
+    with _ONE_AT_A_TIME:
+        return {} if dropped.is_set() else pack_window(stream, window)

@@ -144,13 +144,7 @@ def train(
     # ---------------------------------------------------------------- input streams
     stream = input_pipeline.make_stream(components, "train", options.seed, input_options)
     names = [task.name for task in stream.tasks]
-    held_out = []
-    if options.eval_period:
-        window = max(VALIDATION_WINDOW, input_pipeline.smallest_window(len(components)))
-        few = dataclasses.replace(input_options, window=window)
-        validation = input_pipeline.make_stream(components, "validation", options.seed, few)
-        first_batches = input_pipeline.local_batches(validation, input_pipeline.start_positions(few), batch_sharding)
-        held_out = [batch for batch, _ in itertools.islice(first_batches, VALIDATION_BATCHES)]
+    held_out = _held_out(components, options, input_options, batch_sharding) if options.eval_period else []
 
     # ---------------------------------------------------------------- the newest checkpoint, or a new run
     model_dir = pathlib.Path(options.model_dir)
@@ -165,12 +159,17 @@ def train(
     if _is_finished(options, records, check):
         terminal.say(f"{options.model_dir} is trained to step {records[-1]['step']} already.")
         return _result(records[-1], options)
+    explained = functools.partial(
+        failures.out_of_memory_explained, config, optimizer, mesh, step_options, input_options, lora_options
+    )
     checkpoints = checkpointing.open_checkpoints(options.model_dir, options.keep_checkpoints)
-    found = checkpointing.restore_newest(checkpoints, shapes.params, (shapes.opt_state, shapes.step), check)
+    with explained():
+        found = checkpointing.restore_newest(checkpoints, shapes.params, (shapes.opt_state, shapes.step), check)
     positions = input_pipeline.start_positions(input_options)
     if found:
         before = np.asarray(found.metadata["positions"], np.int64)
-        positions = input_pipeline.resumed_positions(input_options, before)
+        window = found.metadata.get("window", input_options.window)
+        positions = input_pipeline.resumed_positions(input_options, before, window)
     # From here on the first windows are rendered in threads, while parameters are drawn and the step is compiled.
     batches = input_pipeline.on_device(input_pipeline.local_batches(stream, positions, batch_sharding), batch_sharding)
     if found:
@@ -181,9 +180,10 @@ def train(
         first_step = 0
         # Every shard is drawn on the device that keeps it.
         shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-        state = jax.jit(initialize, out_shardings=shardings)(jax.random.key(options.seed))
-        if initial_params is not None:
-            state = state._replace(params=initial_params(shapes.params))
+        with explained():
+            state = jax.jit(initialize, out_shardings=shardings)(jax.random.key(options.seed))
+            if initial_params is not None:
+                state = state._replace(params=initial_params(shapes.params))
 
     # ---------------------------------------------------------------- the compiled steps
     train_step = jit_train_step(
@@ -220,21 +220,25 @@ def train(
             aside.write_text(gin.operative_config_str(), encoding="utf-8")
     lengths = input_options.task_feature_lengths
     batch_shapes = packing.batch_shapes(input_options.batch_size, lengths["inputs"], lengths["targets"])
-    step_flops = flops.train_step_flops(config, input_options.batch_size, lengths["inputs"], lengths["targets"])
+    trained = lora_options.targets if lora_options.rank else None
+    step_flops = flops.train_step_flops(
+        config, input_options.batch_size, lengths["inputs"], lengths["targets"], trained
+    )
     speed = measures.Speed(mesh, step_flops)
     sums, positions_before, step = None, positions, first_step
     with (
         preemption.postponed(),
         _closing(checkpoints, run_log),
-        failures.out_of_memory_explained(config, optimizer, mesh, step_options, input_options, lora_options),
+        explained(),
         measures.tracing(options.profile, options.model_dir) as trace,
         terminal.progress("train", options.train_steps, "steps", done=first_step) as advance,
     ):
         if found and (not run_log.records or run_log.records[-1]["step"] < first_step):
             conclude(first_step, found.metadata["record"], state.params)
-        ended = steering.ends(run_log.records, options.best_metric, options.early_stopping)
-        compiled_step = train_step.lower(state, batch_shapes, base).compile()
-        while step < options.train_steps and not ended:
+        ended = _ends(step, run_log.records, options)
+        if not ended:
+            compiled_step = train_step.lower(state, batch_shapes, base).compile()
+        while not ended:
             step += 1
             trace(step - first_step, state)
             with jax.transfer_guard("disallow"):
@@ -247,7 +251,7 @@ def train(
             leaves = preemption.requested(step)
             evaluates = _is_due(step, options.eval_period, options)
             saves = _is_due(step, options.checkpoint_period, options) or evaluates or leaves
-            # The first step of a process is logged by itself: its time is the compiler's.
+            # The first step of a process is logged by itself: it waits for the first windows.
             if not (step == first_step + 1 or step % options.log_period == 0 or saves):
                 continue
             sums = jax.device_get(sums)  # waits for the device: the one synchronisation of the loop
@@ -260,11 +264,12 @@ def train(
             if saves:
                 metadata: dict[str, Any] = {"identity": identity, "model": dataclasses.asdict(config), "record": record}
                 metadata["positions"] = input_pipeline.all_positions(stream, positions, batch_sharding)
+                metadata["window"] = input_options.window
                 checkpointing.save(checkpoints, step, state.params, (state.opt_state, state.step), metadata)
             if leaves and step < options.train_steps:
                 raise Preempted(f"SIGTERM: saved step {step} in {options.model_dir}. The same command goes on.")
             conclude(step, record, state.params)
-            ended = steering.ends(run_log.records, options.best_metric, options.early_stopping)
+            ended = _ends(step, run_log.records, options)
             sums, positions_before = None, positions
             speed.restart()
 
@@ -272,6 +277,17 @@ def train(
     if step < options.train_steps:
         terminal.say(f"Stopped early at step {step}: {options.early_stopping} evaluations brought nothing better.")
     return _result({**run_log.records[-1], "tokens_per_second": speed.overall()}, options)
+
+
+def _held_out(
+    components: Sequence[tuple[Component, float]], options: TrainOptions, input_options: InputOptions, sharding: Any
+) -> list[dict[str, np.ndarray]]:
+    """The batches of held-out samples of which the validation loss is."""
+    window = max(VALIDATION_WINDOW, input_pipeline.smallest_window(len(components)))
+    few = dataclasses.replace(input_options, window=window, workers=0)
+    stream = input_pipeline.make_stream(components, "validation", options.seed, few)
+    batches = input_pipeline.local_batches(stream, input_pipeline.start_positions(few), sharding)
+    return [batch for batch, _ in itertools.islice(batches, VALIDATION_BATCHES)]
 
 
 @contextlib.contextmanager
@@ -293,10 +309,15 @@ def _is_due(step: int, period: int, options: TrainOptions) -> bool:
     return period > 0 and (step % period == 0 or step == options.train_steps)
 
 
+def _ends(step: int, records: Sequence[dict[str, Any]], options: TrainOptions) -> bool:
+    """Whether training ends with a step that was evaluated, if it is one."""
+    return step >= options.train_steps or steering.ends(records, options.best_metric, options.early_stopping)
+
+
 def _is_finished(options: TrainOptions, records: list[dict[str, Any]], check: Callable[[dict[str, Any]], None]) -> bool:
     """Whether there is nothing left to do, which the log and the newest checkpoint say."""
     newest = next(iter(locations.steps(options.model_dir)), 0)
-    if not records or not options.train_steps <= newest == records[-1]["step"]:
+    if not records or newest != records[-1]["step"] or not _ends(newest, records, options):
         return False
     folder = locations.folder_of(options.model_dir, newest)
     try:

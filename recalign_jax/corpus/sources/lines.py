@@ -49,7 +49,8 @@ def lines_of(path: pathlib.Path, watched: bool = True) -> Iterator[tuple[int, by
                     yield line, content
             advance(size - position)
     except (OSError, EOFError, zlib.error) as error:
-        raise errors.InputError(f"{path} cannot be read after line {line}: {error}.") from None
+        reached = f" after line {line}" if line else ""
+        raise errors.InputError(f"{path} cannot be read{reached}: {error}.") from None
 
 
 def decode(raw: bytes, encoding: str) -> str:
