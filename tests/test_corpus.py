@@ -609,6 +609,47 @@ def test_ids_that_do_not_meet_are_told_of(tmp_path, capsys):
     assert "2 of 4 items have no text. If they should, see that ids" in capsys.readouterr().err
 
 
+def test_white_space_at_the_ends_is_no_part_of_an_id(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "interactions.csv").write_text("user_id,item_id,timestamp\n 1,a b ,1\n1, a b,2\n1 ,c,3\n")
+    (raw / "items.csv").write_text("item_id,title\na b,One\n\tc,Two\n")
+    call(prepare, tmp_path, "--source", "tables", "--input", str(raw), "--corpus", "spaces")
+    found = corpus.load_corpus("spaces", tmp_path)
+    assert found.user_source_id(0) == "1"
+    assert {found.item_source_id(item): found.item_text(item).title for item in range(2)} == {
+        "a b": "One",
+        "c": "Two",
+    }
+
+
+def test_many_bad_rows_are_told_of(tmp_path, capsys):
+    """A first row without a rating makes bad rows of all that have one."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    rows = "".join(f"u{n},a,{n},5\n" for n in range(30))
+    (raw / "interactions.csv").write_text(f"user_id,item_id,timestamp,rating\nu,a,1,\n{rows}")
+    (raw / "items.csv").write_text("item_id,title\na,One\n")
+    flags = ("--source", "tables", "--input", str(raw), "--corpus", "bad", "--on_error", "skip")
+    call(prepare, tmp_path, *flags)
+    assert "30 of 31 interactions were bad rows and are left out" in capsys.readouterr().err
+    call(prepare, tmp_path, *flags, "--overwrite", "--rating_column", "rating")
+    assert "bad rows" not in capsys.readouterr().err  # one of 31
+
+
+def test_ratings_of_many_digits_stay_different(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    ratings = ("1234567", "1234568", "16777217", "0.25", "4", "3.5")
+    rows = "".join(f"u{n % 2},i{n},{n},{rating}\n" for n, rating in enumerate(ratings))
+    (raw / "interactions.csv").write_text(f"user_id,item_id,timestamp,rating\n{rows}")
+    (raw / "items.csv").write_text("item_id,title\n" + "".join(f"i{n},T{n}\n" for n in range(6)))
+    call(prepare, tmp_path, "--source", "tables", "--input", str(raw), "--corpus", "counts")
+    shown = call(inspect, tmp_path, "--corpus", "counts")["statistics"]["ratings"]
+    # Ratings are float32, which has no 16777217.
+    assert shown == dict.fromkeys(("0.25", "3.5", "4", "1234567", "1234568", "16777216"), 1)
+
+
 def test_a_catalogue_of_items_that_nobody_met_is_told_of(tmp_path, capsys):
     unmet = [{"item_id": f"unmet {number}", "title": f"Title {number}"} for number in range(6)]
     raw = write_tables(tmp_path / "raw", ROWS, [*ITEMS, *unmet])

@@ -143,13 +143,13 @@ def test_a_table_without_any_good_row_is_an_error(shop_corpus, tmp_path):
 def test_cells_as_programs_write_them(shop_corpus):
     """Blanks around what separates, whole numbers as floats, a column for each kind of history."""
     corpus = with_items(shop_corpus, [Item("7", ItemText(title="Seven")), Item("8", ItemText(title="[Eight|8]"))])
-    for items in (" 7 | 8", [7.0, 8], "[7, 8]", '["7", "8"]'):
+    for items in (" 7 | 8", [7.0, 8], ["7 ", "8"], "[7, 8]", '["7", "8"]', ' ["7", " 8"] '):
         assert request_of(corpus, NEEDS, {"user": 1, "items": items}).query.history.tolist() == [60, 61]
     for empty in (None, ""):
         row = {"user": 1, "items": empty, "titles": ["seven"]}
         assert request_of(corpus, NEEDS, row).query.history.tolist() == [60]
     assert request_of(corpus, NEEDS, {"user": 1, "titles": '["[eight|8]"]'}).query.history.tolist() == [61]
-    assert request_of(corpus, NEEDS, {"user": 1, "titles": "[eight]"}).unknown == ("[eight]",)
+    assert request_of(corpus, NEEDS, {"user": 1, "titles": "[Eight] | SEVEN"}).unknown == ("[Eight]",)  # as given
 
 
 def test_bytes_that_are_no_text_are_rejected_and_written(shop_corpus, tmp_path):
@@ -566,6 +566,16 @@ def test_a_finished_job_leaves_another_one_alone_that_is_not(shop_corpus, table,
     run_job(shop_corpus, table, folder)  # is done, and does nothing
     assert contents(folder / "unfinished") == chunks_of_tonight
     assert last_night.items() <= contents(folder).items()
+
+
+@pytest.mark.parametrize("file", ["rejected.jsonl", "recommendations.jsonl"])
+def test_a_job_is_not_finished_beside_a_file_of_another(shop_corpus, table, calm, tmp_path, file):
+    """One that was killed between the two files that it replaces."""
+    folder = tmp_path / "out"
+    run_job(shop_corpus, table, folder)
+    (folder / file).write_text('{"of": "another"}\n')
+    run_job(shop_corpus, table, folder)
+    assert contents(folder) == calm["jsonl"]
 
 
 def test_a_finished_job_that_was_killed_while_sweeping_up_is_not_in_the_way(shop_corpus, table, tmp_path):

@@ -52,6 +52,20 @@ def test_states(tmp_path, capsys):
     assert found["running"]["best"] is None
 
 
+@pytest.mark.parametrize(
+    ("logged", "metric"),
+    [
+        (["validation_ranking_ndcg@10", "validation_ndcg@10"], "validation_ndcg@10"),
+        (["validation_b_ranking_ndcg@10", "validation_b_ndcg@10"], "validation_b_ndcg@10"),
+        (["validation_rating_rmse", "validation_b_ranking_ndcg@10"], "validation_b_ranking_ndcg@10"),
+        (["validation_loss", "validation_rating_rmse"], "validation_rating_rmse"),
+    ],
+)
+def test_the_best_is_of_retrieval_where_that_is_evaluated(logged, metric):
+    run = runs.Run(pathlib.Path(), "", [dict.fromkeys(logged, 0.1) | {"step": 1}], "", {}, {}, {})
+    assert run.metric == metric
+
+
 def test_a_checkpoint_that_was_just_written_is_life(tmp_path, capsys):
     write_run(tmp_path / "slow", 3, 5)
     age(tmp_path / "slow", 2 * runs.RUNNING_SECONDS)
