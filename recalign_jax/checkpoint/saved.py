@@ -111,11 +111,9 @@ def read_tree(folder: pathlib.Path, item: str, tree: Any, metadata: dict[str, An
         def read_or_damaged() -> Any:
             try:
                 return read()
-            except (jax.errors.JaxRuntimeError, MemoryError) as error:  # the device's, and no damage
-                if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-                    raise
-                raise _damaged(folder, f"{item} can't be {what} ({_first_line(error)})") from error
             except Exception as error:  # whatever a library finds in a damaged file
+                if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                    raise  # too little memory is no damage
                 raise _damaged(folder, f"{item} can't be {what} ({_first_line(error)})") from error
 
         return agreed(folder, read_or_damaged)
