@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from recalign_jax.checkpoint import fingerprints as hashes
 from recalign_jax.checkpoint import locations, saved, streaming, training
 from recalign_jax.checkpoint.fingerprints import fingerprints
 from recalign_jax.checkpoint.saved import DamagedCheckpoint
@@ -229,3 +230,12 @@ def test_hashes_do_not_depend_on_where_arrays_lie():
     assert fingerprints({"x": trees(2)}) == fingerprints({"x": jax.tree.map(jax.numpy.asarray, trees(2))})
     assert fingerprints({"x": trees(2)}) != fingerprints({"x": trees(1)})
     assert len(fingerprints(trees(2))) == len(jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (5, 3), (4, 3, 2), (1, 6)])
+@pytest.mark.parametrize("part", [4, 40, 2**26])
+def test_hashes_of_parts_are_those_of_the_whole(shape, part, monkeypatch):
+    array = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    monkeypatch.setattr(hashes, "PART_BYTES", part)
+    assert hashes.one_by_one({"a": array}) == fingerprints({"a": jax.numpy.asarray(array)})
+    assert hashes.one_by_one({"a": jax.numpy.asarray(array)}) == fingerprints({"a": jax.numpy.asarray(array)})

@@ -1,6 +1,7 @@
 """Hashes of parameters by which a change of a single bit shows, the same however arrays lie over devices."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from recalign_jax.checkpoint import stacking
+
+PART_BYTES = 2**26  # of an array that is read to be hashed
 
 
 def by_path(tree: Any) -> dict[str, Any]:
@@ -25,8 +28,21 @@ def fingerprints(tree: Any) -> dict[str, int]:
 
 
 def one_by_one(flat: Mapping[str, Any]) -> dict[str, int]:
-    """`fingerprints` of arrays by path, of which each is read when its turn comes."""
-    return {path: fingerprints({path: jnp.asarray(leaf)})[path] for path, leaf in flat.items()}
+    """`fingerprints` of arrays by path; those that aren't on a device are read in parts along their first axis."""
+    return {path: _in_parts(leaf) for path, leaf in flat.items()}
+
+
+def _in_parts(leaf: Any) -> int:
+    if isinstance(leaf, jax.Array) or not math.prod(leaf.shape):
+        return int(_hash_from(jnp.asarray(leaf), 0))
+    if not leaf.shape:
+        return int(_hash_from(jnp.asarray(leaf[()]), 0))
+    rows, *others = leaf.shape
+    size = max(1, PART_BYTES // (4 * math.prod(others)))
+    rest = tuple(slice(0, other) for other in others)
+    starts = range(0, rows, size)
+    parts = (_hash_from(jnp.asarray(leaf[(slice(start, min(start + size, rows)), *rest)]), start) for start in starts)
+    return sum(map(int, parts)) % 2**32
 
 
 def fingerprint(params: Any) -> str:
@@ -42,14 +58,20 @@ def _hashes(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {path: _hash(leaf) for path, leaf in leaves.items()}
 
 
-def _hash(leaf: jax.Array) -> jax.Array:
+def _hash(leaf: jax.Array, start: jax.Array | int = 0) -> jax.Array:
     """The sum modulo 2 ** 32 of all elements' bits, each times an odd number that is its place's.
 
-    An odd factor has an inverse, so that no change of one element goes unseen.
+    An odd factor has an inverse, so that no change of one element goes unseen. `start` is where the leaf begins along
+    the first axis of the array that it is a part of: hashes of parts add up to that of the whole.
     """
     place = jnp.zeros(leaf.shape, jnp.uint32)
     for axis in range(leaf.ndim):
         place = place * jnp.uint32(0x9E3779B1) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        if axis == 0:
+            place = place + jnp.uint32(start)
     place = (place ^ (place >> 15)) * jnp.uint32(0x85EBCA77)
     bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
     return jnp.sum(bits * (place << 1 | 1), dtype=jnp.uint32)
+
+
+_hash_from = jax.jit(_hash)
