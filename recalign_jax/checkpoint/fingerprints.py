@@ -33,10 +33,8 @@ def one_by_one(flat: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _in_parts(leaf: Any) -> int:
-    if isinstance(leaf, jax.Array) or not math.prod(leaf.shape):
-        return int(_hash_from(jnp.asarray(leaf), 0))
-    if not leaf.shape:
-        return int(_hash_from(jnp.asarray(leaf[()]), 0))
+    if isinstance(leaf, jax.Array) or not leaf.shape or 0 in leaf.shape:
+        return fingerprints({"leaf": jnp.asarray(leaf)})["leaf"]
     rows, *others = leaf.shape
     size = max(1, PART_BYTES // (4 * math.prod(others)))
     rest = tuple(slice(0, other) for other in others)

@@ -52,7 +52,7 @@ def train_step_flops(
       batch_size: rows of a step.
       input_length: L.
       target_length: T.
-      trained: the kernels with adapters, as `LoraOptions.targets`; None trains everything.
+      trained: the kernels with adapters, as `LoraOptions.trained`; None trains everything.
     """
     by_kernel = products(config, input_length, target_length)
     if trained is None:

@@ -38,6 +38,11 @@ class LoraOptions:
     alpha: float = 16.0
     targets: tuple[str, ...] = ("query", "value")
 
+    @property
+    def trained(self) -> tuple[str, ...] | None:
+        """The layers that are trained alone; None where every parameter is."""
+        return self.targets if self.rank else None
+
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or self.rank < 0:
             raise InputError(f"LORA_RANK is {self.rank!r}: must be a whole number, 0 for no adapters.")

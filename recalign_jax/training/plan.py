@@ -111,8 +111,7 @@ def cost(job: Job, found: Footprint, chip: Chip) -> dict[str, Any]:
     counted: all that a step holds is written once and read once.
     """
     rows, lengths = job.input_options.batch_size, job.input_options.task_feature_lengths
-    trained = job.lora_options.targets if job.lora_options.rank else None
-    of_model = flops.train_step_flops(job.config, rows, lengths["inputs"], lengths["targets"], trained)
+    of_model = flops.train_step_flops(job.config, rows, lengths["inputs"], lengths["targets"], job.lora_options.trained)
     again = 4 / 3 if job.config.remat == "full" else 1
     moved = collectives.bytes_moved(found.hlo) if found.hlo else None
     seconds = {

@@ -220,9 +220,8 @@ def train(
             aside.write_text(gin.operative_config_str(), encoding="utf-8")
     lengths = input_options.task_feature_lengths
     batch_shapes = packing.batch_shapes(input_options.batch_size, lengths["inputs"], lengths["targets"])
-    trained = lora_options.targets if lora_options.rank else None
     step_flops = flops.train_step_flops(
-        config, input_options.batch_size, lengths["inputs"], lengths["targets"], trained
+        config, input_options.batch_size, lengths["inputs"], lengths["targets"], lora_options.trained
     )
     speed = measures.Speed(mesh, step_flops)
     sums, positions_before, step = None, positions, first_step
