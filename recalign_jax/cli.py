@@ -30,6 +30,8 @@ COMMANDS = {
 }
 # These may run as several processes.
 RUNS_ON_DEVICES = ("train", "eval", "infer", "doctor")
+# These do the same again and again.
+REPEATS = ("train", "eval", "infer", "baseline")
 
 
 def _usage() -> str:
@@ -91,6 +93,8 @@ def _run(name: str, arguments: list[str]) -> int:
 
     if not host.has_tpu():
         host.tell_libtpu_of_no_tpu()
+    if name in REPEATS and host.computes_on_cpu():
+        host.keep_freed_memory()
     # SeqIO and Orbax tell of every step they take; an error is told of once, by us.
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)

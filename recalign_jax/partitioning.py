@@ -118,8 +118,8 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 def param_specs(params: Any, mesh: Mesh) -> Any:
     """Returns the PartitionSpec of every parameter of a model.
 
-    A dimension that its mesh axis doesn't divide evenly (6 heads over 4 devices) is not split: that costs memory, not
-    correctness, and lets every model run on every mesh.
+    A dimension that its mesh axis doesn't divide evenly (position biases of 6 heads over 4 devices) is not split: that
+    costs memory, not correctness, and lets every model run on every mesh.
 
     Args:
       params: nested dict of arrays or `jax.ShapeDtypeStruct`, as from `abstract_params`.

@@ -169,6 +169,19 @@ def test_config_that_is_no_t5_1_1_is_an_error(tmp_path, change, message):
         huggingface.read_config(tmp_path)
 
 
+def test_what_files_of_t5_1_1_lack_is_what_transformers_takes(params, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    write_folder(tmp_path, state_dict(params, SMALL))
+    lacking = ("relative_attention_max_distance", "relative_attention_num_buckets", "dropout_rate")
+    lacking = (*lacking, "layer_norm_epsilon", "num_decoder_layers")
+    values = {name: value for name, value in SMALL_JSON.items() if name not in lacking}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config, theirs = huggingface.read_config(tmp_path), transformers.T5Config(**values)
+    assert config.num_decoder_layers == theirs.num_decoder_layers == 2
+    for name in lacking[:4]:
+        assert getattr(config, name) == getattr(theirs, name)
+
+
 def test_folder_that_is_incomplete_is_an_error(params, tmp_path):
     with pytest.raises(InputError, match=r"no config\.json"):
         huggingface.read_config(tmp_path)

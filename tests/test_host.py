@@ -1,5 +1,6 @@
 """What the C library and the system are told of a process."""
 
+import fnmatch
 import os
 import pathlib
 import platform
@@ -9,30 +10,57 @@ import time
 
 import pytest
 
-# Asks for 64 MB twenty times, and prints how many pages the system had to make the last ten times.
+from recalign_jax import host
+
+# Asks for memory twenty times in a thread, and prints how many pages the system had to make the last ten times.
 PROGRAM = """
-import resource, sys
+import resource, sys, threading
 import numpy as np
 from recalign_jax import host
 
 if sys.argv[1] == "keep":
     host.keep_freed_memory()
-for turn in range(20):
-    if turn == 10:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    np.empty(2**23)[:] = turn
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+def ask():
+    for turn in range(20):
+        if turn == 10:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        np.empty(int(sys.argv[2]))[:] = turn
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+thread = threading.Thread(target=ask)
+thread.start()
+thread.join()
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep what is freed")
-def test_freed_memory_is_kept():
+@pytest.mark.parametrize("size", [2**22, 2**23])  # 32 MiB a thread's own heap could hold, 64 MiB it could not
+def test_freed_memory_is_kept(size):
     pages = {}
     for what in ("keep", "give back"):
-        ended = subprocess.run([sys.executable, "-c", PROGRAM, what], capture_output=True, text=True, check=True)
+        command = [sys.executable, "-c", PROGRAM, what, str(size)]
+        ended = subprocess.run(command, capture_output=True, text=True, check=True)
         pages[what] = int(ended.stdout)
     assert pages["keep"] < 100
-    assert pages["give back"] > 10 * 2**26 / 2**21  # were they of 2 MB
+    assert pages["give back"] >= 10 * 8 * size / 2**21  # were they of 2 MiB
+
+
+@pytest.mark.parametrize(
+    ("platforms", "files", "expected"),
+    [
+        ("cpu", ["/dev/nvidia0"], True),
+        ("cuda,cpu", [], False),
+        ("", [], True),
+        ("", ["/dev/accel0"], False),
+        ("", ["/dev/nvidia0", "/dev/nvidiactl"], False),
+        ("", ["/dev/nvidiactl"], True),
+    ],
+)
+def test_what_jax_will_compute_on(platforms, files, expected, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setattr(host.glob, "glob", lambda pattern: fnmatch.filter(files, pattern))
+    assert host.computes_on_cpu() is expected
 
 
 # A process with a child that would live for a minute; it prints the child's number once the child is ready.

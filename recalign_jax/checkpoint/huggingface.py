@@ -57,7 +57,8 @@ _CONFIG_FIELDS = {
     "relative_attention_max_distance": "relative_attention_max_distance",
     "layer_norm_epsilon": "layer_norm_epsilon",
 }
-
+# Files of T5 v1.1 lack some of these; transformers then takes the same values as T5Config.
+_DEFAULTED = ("dropout_rate", "relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon")
 
 GENERATION_VALUES = {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
 
@@ -76,11 +77,15 @@ def read_config(folder: pathlib.Path) -> T5Config:
             f"{path}: feed_forward_proj is {values.get('feed_forward_proj')!r}; only T5.1.1 models ('gated-gelu': "
             "T5 v1.1, FLAN-T5) are supported"
         )
-    missing = sorted(set(_CONFIG_FIELDS.values()) - set(values))
+    if values.get("num_decoder_layers") is None:
+        values["num_decoder_layers"] = values.get("num_layers")
+    fields = {ours: values.get(theirs) for ours, theirs in _CONFIG_FIELDS.items()}
+    given = {ours: value for ours, value in fields.items() if value is not None or ours not in _DEFAULTED}
+    missing = sorted(_CONFIG_FIELDS[ours] for ours, value in given.items() if value is None)
     if missing:
         raise InputError(f"{path}: {missing[0]!r} is missing")
     return T5Config(
-        **{ours: values[theirs] for ours, theirs in _CONFIG_FIELDS.items()},
+        **given,
         # transformers before 5 scaled exactly the tied models and had no field for it; 5 also ties T5.1.1 models
         # that it makes from scratch, without scaling, and says tie_word_embeddings in any case.
         logits_via_embedding="lm_head.weight" not in _files_of_names(folder),

@@ -12,7 +12,7 @@ from typing import Any
 import gin
 import jax
 
-from recalign_jax import gin_config, host, partitioning, terminal
+from recalign_jax import gin_config, partitioning, terminal
 from recalign_jax.checkpoint import locations
 from recalign_jax.checkpoint.initial import load_base, load_initial
 from recalign_jax.commands.common import EVALUATED, make_evaluation, model_config, task_fingerprints
@@ -107,8 +107,6 @@ def train_command(
         components = task_components.registered(mixture_or_task_name, input_options.task_feature_lengths)
     task_specs = [component.spec for component, _ in components if isinstance(component, CorpusTask)]
     mesh = partitioning.make_mesh(options.mesh)
-    if mesh.devices.flat[0].platform == "cpu":
-        host.keep_freed_memory()
     step_options = StepOptions()
     check_divides(step_options, input_options.batch_size, input_options.task_feature_lengths["targets"], mesh)
     config = model_config(max(component.num_tokens for component, _ in components))
