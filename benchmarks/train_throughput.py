@@ -5,7 +5,8 @@
 We train as `recalign train` does: packed rows from the input pipeline, the real train step. torch trains transformers'
 T5 on the same samples, as many a step, by a plain loop, twice: in batches of samples of similar length (`grouped`), and
 in batches as the samples come (`dynamic`). Both pad to the longest of a batch. All three take turns in one process,
-after steps that are not counted (compilation, first allocations). float32, dropout as the model file says.
+after steps that are not counted (compilation, first allocations), and in which freed memory stays, as in `recalign
+train`: torch gains from that as well. float32, dropout as the model file says.
 
 Prints one JSON line: `ratio` (ours over grouped) and `ratio_dynamic` (ours over dynamic), both the median over rounds,
 tokens a second of the three (medians as well), and how full rows and batches are. All samples are rendered before the
@@ -32,6 +33,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks import our_training
 from benchmarks.our_training import LEARNING_RATE, Trainer, our_trainer, packed_batches
+from recalign_jax import host
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
 from recalign_jax.training.input_pipeline import Stream
@@ -51,6 +53,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="of a round")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    host.keep_freed_memory()
     name, stream, config = our_training.set_up(args)
     result = compare(stream, config, args.optimizer, args.steps, args.rounds)
     print(json.dumps({"model": pathlib.Path(args.model).stem, "mixture": name} | result))

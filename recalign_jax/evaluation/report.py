@@ -67,7 +67,7 @@ def publish(
     folder = pathlib.Path(output_dir) if output_dir is not None and jax.process_index() == 0 else None
     for title, result in found:
         told[result.family] = summary(result)
-        show(title, told[result.family])
+        show(title, told[result.family], "ratings" if result.family == "rating_random" else "users")
         if folder is not None:
             write_users(result, corpus, folder / f"{result.family}.parquet")
     told |= about | {"fingerprint": corpus.fingerprint}
@@ -77,8 +77,8 @@ def publish(
     return told
 
 
-def show(title: str, summary: dict[str, Any]) -> None:
-    """Prints a summary: a table of all metrics, and one of the slices."""
+def show(title: str, summary: dict[str, Any], queries: str = "users") -> None:
+    """Prints a summary: a table of all metrics, and one of the slices; `queries` says what there is a row of each."""
     terminal.say(title)
     intervals = summary["intervals"]
     endings = [ending for ending in COLUMNS if any(name.endswith(ending) for name in intervals)]
@@ -91,14 +91,14 @@ def show(title: str, summary: dict[str, Any]) -> None:
     empty = [""] * (2 * len(endings) - 1)
     rows += [[name, f"{summary[name]:.4f}", *empty] for name in overall if summary[name] is not None]
     header = ["", *(cell for ending in endings for cell in (COLUMNS[ending], "95 % interval"))]
-    terminal.table(f"All {summary['users']} users", header, rows)
+    terminal.table(f"All {summary['users']} {queries}", header, rows)
     parts = [(fact, name, part) for fact, by_name in summary["slices"].items() for name, part in by_name.items()]
     rows = [
         [f"{fact.replace('_', ' ')} {name}", str(part["users"])]
         + [" ".join(_cells(part, metric)) for metric in part["intervals"]]
         for fact, name, part in parts
     ]
-    terminal.table("By users", ["", "users", *parts[0][2]["intervals"]], rows)
+    terminal.table("By users", ["", queries, *parts[0][2]["intervals"]], rows)
 
 
 def _cells(summary: dict[str, Any], name: str) -> tuple[str, str]:
