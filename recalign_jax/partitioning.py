@@ -190,10 +190,13 @@ def row_parts(sharding: Sharding) -> dict[int, int]:
     return {process: parts.index(tuple(sorted(rows))) for process, rows in held.items()}
 
 
-def check_batch_size(macro: str, batch_size: int, mesh: Mesh) -> None:
-    """Raises InputError when the rows of a batch can't be split evenly; `macro` is the gin name for the message."""
+def check_batch_size(macro: str, batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
+    """Raises InputError when the rows of every microbatch can't be split evenly; `macro` is their gin name."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size < 1 or batch_size % shards:
+    parts = shards * microbatches
+    if batch_size < 1 or batch_size % parts:
+        times = f" ({shards}) times GRADIENT_ACCUMULATION ({microbatches})" if microbatches > 1 else ""
         raise InputError(
-            f"{macro} is {batch_size}: must be a multiple of {shards}, the devices of the mesh axes data and fsdp."
+            f"{macro} is {batch_size}: must be a multiple of {parts}, "
+            f"the devices of the mesh axes data and fsdp{times}."
         )

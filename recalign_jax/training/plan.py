@@ -107,15 +107,14 @@ def larger(job: Job, hbm_bytes: int, chip: Chip) -> Iterator[tuple[Setting, Job]
 def cost(job: Job, found: Footprint, chip: Chip) -> dict[str, Any]:
     """FLOPs, bytes moved, and the time that a step takes at least, by a roofline: no device does better than its peaks.
 
-    Products that are computed again count in the time, not among the FLOPs. Of the memory's bandwidth only this is
-    counted: all that a step holds is written once and read once.
+    Products that REMAT computes again don't count, as the compiler leaves some of them out. Of the memory's bandwidth
+    only this is counted: all that a step holds is written once and read once.
     """
     rows, lengths = job.input_options.batch_size, job.input_options.task_feature_lengths
     of_model = flops.train_step_flops(job.config, rows, lengths["inputs"], lengths["targets"], job.lora_options.trained)
-    again = 4 / 3 if job.config.remat == "full" else 1
     moved = collectives.bytes_moved(found.hlo) if found.hlo else None
     seconds = {
-        "compute": again * of_model / job.mesh.size / chip.peak_flops,
+        "compute": of_model / job.mesh.size / chip.peak_flops,
         "memory": 2 * found.hbm_bytes / chip.hbm_bandwidth,
         # A device receives at half of what its links do both ways.
         "interconnect": sum(moved.values()) / (chip.interconnect / 2) if moved else None,

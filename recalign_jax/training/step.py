@@ -50,14 +50,7 @@ class StepOptions:
 
 def check_divides(options: StepOptions, batch_size: int, target_length: int, mesh: Mesh) -> None:
     """Raises InputError when a batch can't be cut as the options and the mesh say."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    parts = options.gradient_accumulation * shards
-    if batch_size < 1 or batch_size % parts:
-        times = f" times GRADIENT_ACCUMULATION ({options.gradient_accumulation})"
-        raise InputError(
-            f"BATCH_SIZE is {batch_size}: must be a multiple of {parts}, the devices of the mesh axes data and fsdp "
-            f"({shards}){times if options.gradient_accumulation > 1 else ''}."
-        )
+    partitioning.check_batch_size("BATCH_SIZE", batch_size, mesh, options.gradient_accumulation)
     if target_length % options.logits_chunks:
         raise InputError(
             f"LOGITS_CHUNKS is {options.logits_chunks}: must divide the targets of TASK_FEATURE_LENGTHS, "
