@@ -30,7 +30,6 @@ import jax.numpy as jnp
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks import our_training, turns
-from recalign_jax import host
 from recalign_jax.model import flops
 from recalign_jax.model.config import T5Config
 
@@ -76,7 +75,6 @@ def summary(answers: list[dict[str, float]]) -> dict[str, float]:
 def measure(settings: dict[str, Any]) -> None:
     """One model on so many cores."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings["cores"]])
-    host.keep_freed_memory()  # as `recalign train` does
     args = argparse.Namespace(**settings)
     _, stream, config = our_training.set_up(args)
     lengths = (args.batch_size, args.inputs, args.targets)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from recalign_jax import gin_config, partitioning
+from recalign_jax import gin_config, host, partitioning
 from recalign_jax.commands.common import model_config
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
@@ -42,7 +42,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def set_up(args: argparse.Namespace) -> tuple[str, Stream, T5Config]:
-    """The mixture's name, its samples, and the model for its vocabulary."""
+    """The mixture's name, its samples, and the model for its vocabulary; freed memory stays, as in `recalign train`."""
+    host.keep_freed_memory()
     gin_config.parse([args.model], [])
     name, stream = set_up_data(args, batch_size=args.batch_size, data_shards=1)
     return name, stream, model_config(max(task.num_tokens for task in stream.tasks))

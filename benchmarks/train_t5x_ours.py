@@ -16,13 +16,12 @@ import numpy as np
 
 from benchmarks import our_training, turns
 from benchmarks.our_training import Batch
-from recalign_jax import host, partitioning
+from recalign_jax import partitioning
 from recalign_jax.corpus.corpus import data_dir_or_default
 from recalign_jax.training import input_pipeline
 
 
 def main() -> None:
-    host.keep_freed_memory()  # as `recalign train` does
     args = argparse.Namespace(**json.loads(sys.argv[1]))
     name, stream, config = our_training.set_up(args)
     rows = [batch for batch, _ in itertools.islice(our_training.packed_batches(stream), args.steps)]

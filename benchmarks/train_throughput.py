@@ -33,7 +33,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks import our_training
 from benchmarks.our_training import LEARNING_RATE, Trainer, our_trainer, packed_batches
-from recalign_jax import host
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
 from recalign_jax.training.input_pipeline import Stream
@@ -53,7 +52,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="of a round")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    host.keep_freed_memory()
     name, stream, config = our_training.set_up(args)
     result = compare(stream, config, args.optimizer, args.steps, args.rounds)
     print(json.dumps({"model": pathlib.Path(args.model).stem, "mixture": name} | result))

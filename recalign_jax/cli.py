@@ -30,7 +30,7 @@ COMMANDS = {
 }
 # These may run as several processes.
 RUNS_ON_DEVICES = ("train", "eval", "infer", "doctor")
-# These do the same again and again.
+# These do the same again and again, and on a CPU with the memory of the time before.
 REPEATS = ("train", "eval", "infer", "baseline")
 
 
