@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 from recalign_jax import __version__
 from recalign_jax.errors import InputError, Preempted, RecalignError, did_you_mean
@@ -98,6 +99,8 @@ def _run(name: str, arguments: list[str]) -> int:
     # SeqIO and Orbax tell of every step they take; an error is told of once, by us.
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _without_closed_loops
     module = importlib.import_module(f"recalign_jax.commands.{name}")
     parser = argparse.ArgumentParser(prog=f"recalign {name}", description=COMMANDS[name], allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="last line on standard output: one JSON object")
@@ -121,6 +124,12 @@ def _run(name: str, arguments: list[str]) -> int:
     if args.json and terminal.speaks():
         print(json.dumps(result), flush=True)
     return 0 if result.get("ok", True) else 1
+
+
+def _without_closed_loops(unraisable: Any) -> None:
+    """Orbax closes its event loop at the first read that fails; all others under way would tell of that."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ line if there is one) and what to do about it.
 """
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -38,9 +39,9 @@ class Preempted(RecalignError):
     exit_status = 75
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns ` Did you mean 'x'?` for the known name nearest to `name`, or an empty string."""
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Returns ` Did you mean 'x'?` for the known name nearest to `name` (gin hands anything), or an empty string."""
+    nearest = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f" Did you mean {nearest[0]!r}?" if nearest else ""
 
 
@@ -90,3 +91,10 @@ def check_least(options: Any, least: float, *names: str) -> None:
         value = getattr(options, name)
         if not value >= least:
             raise InputError(f"{type(options).__name__}.{name} is {value}: must be at least {least}.")
+
+
+def check_number(name: str, value: object, least: float = 0, whole: bool = False) -> None:
+    """Raises InputError when the value of a setting isn't a finite number, or a whole one, of at least `least`."""
+    kind, told = (int, "a whole number") if whole else ((int, float), "a number")
+    if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value) or value < least:
+        raise InputError(f"{name} is {value!r}: must be {told} of at least {least}.")

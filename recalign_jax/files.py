@@ -11,6 +11,16 @@ import tempfile
 from collections.abc import Iterator
 
 from recalign_jax import terminal
+from recalign_jax.errors import InputError
+
+
+def local_folder(name: str, folder: str) -> pathlib.Path:
+    """Returns a folder that is to be written to. Raises InputError, naming the setting, for a bucket's address."""
+    if "://" in folder:
+        raise InputError(
+            f"{name} is {folder}: must be a folder that this machine has or mounts; buckets are only read."
+        )
+    return pathlib.Path(folder)
 
 
 def _sync(path: pathlib.Path) -> None:

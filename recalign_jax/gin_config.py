@@ -108,8 +108,11 @@ def model_files(gin_files: Sequence[str]) -> list[str]:
 
 
 def required(name: str, value: object, example: str) -> str:
-    """Returns the value of a macro that has no default, as text; raises InputError when it was not given."""
-    if value is None:
+    """Returns the value of a macro that has no default, as text; raises InputError when it was not given.
+
+    Empty text is what a shell makes of a variable that isn't set.
+    """
+    if value is None or value == "":
         raise InputError(f"{name} is needed: --gin.{name}={example}.")
     return str(value)  # a folder may be called 2024
 

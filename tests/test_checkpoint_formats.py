@@ -5,10 +5,12 @@ import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx, serialization
 
 from recalign_jax.checkpoint import huggingface, stacking, t5x
+from recalign_jax.checkpoint.arrays import open_orbax, open_store, whole
 from recalign_jax.errors import InputError
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
@@ -86,6 +88,25 @@ def test_t5x_missing_zarr_folder_is_named(tmp_path):
             (tmp_path / folder.name).symlink_to(folder)
     with pytest.raises(InputError, match="layers_1/mlp/wo/kernel"):
         t5x.read_arrays(tmp_path)
+
+
+def test_t5x_missing_chunk_is_named(tmp_path):
+    """TensorStore would fill it with zeros."""
+    shutil.copytree(shared("fixtures/t5x_tiny/legacy_checkpoint_6"), tmp_path / "6")
+    next((tmp_path / "6" / "target.encoder.layers_0.mlp.wo.kernel").glob("[0-9]*")).unlink()
+    arrays = t5x.read_arrays(tmp_path / "6")
+    with pytest.raises(InputError, match=r"'encoder/layers_0/mlp/wo/kernel' can't be read: .*missing"):
+        t5x.load_params(arrays, T5X_TINY, "here")
+
+
+@pytest.mark.parametrize("ocdbt", [True, False])
+@pytest.mark.parametrize("zarr3", [True, False])
+def test_a_kernel_of_zeros_is_read(tmp_path, ocdbt, zarr3):
+    tree = {"a": {"kernel": np.zeros((40, 30), np.float32)}, "b": np.ones(3, np.float32)}
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=zarr3)
+    ocp.Checkpointer(handler).save(tmp_path / "x", args=ocp.args.PyTreeSave(tree))
+    found = open_orbax(open_store(str(tmp_path / "x")), "x")
+    np.testing.assert_array_equal(whole(found["a/kernel"]), tree["a"]["kernel"])
 
 
 # ---------------------------------------------------------------- Hugging Face
@@ -193,7 +214,15 @@ def test_folder_that_is_incomplete_is_an_error(params, tmp_path):
     (tmp_path / "config.json").write_text("{\n broken")
     with pytest.raises(InputError, match=r"config\.json:2: not valid JSON"):
         huggingface.read_config(tmp_path)
+    for content, message in ((b"\xff\xfe{}", "not valid JSON"), (b"[]", "not the configuration of a model")):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            huggingface.read_config(tmp_path)
     write_folder(tmp_path, state_dict(params, SMALL), files=2)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(InputError, match=r"'model-00002-of-00002\.safetensors', which is not in the folder"):
         huggingface.read_arrays(tmp_path)
+    for content in (b"\xff\xfe", b"[]", b'{"weight_map": [1]}'):
+        (tmp_path / "model.safetensors.index.json").write_bytes(content)
+        with pytest.raises(InputError, match="no index of safetensors files, or damaged"):
+            huggingface.read_arrays(tmp_path)

@@ -2,19 +2,23 @@
 
 import contextlib
 import json
+import os
 import resource
 import shutil
+import signal
 
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from recalign_jax.checkpoint import fingerprints as hashes
 from recalign_jax.checkpoint import locations, saved, streaming, training
 from recalign_jax.checkpoint.fingerprints import fingerprints
 from recalign_jax.checkpoint.saved import DamagedCheckpoint
-from recalign_jax.errors import InputError, RunError
+from recalign_jax.errors import InputError, Preempted, RunError
+from recalign_jax.training import preemption
 
 
 def trees(step: int):
@@ -119,9 +123,40 @@ def test_without_a_whole_one_nothing_is_begun_anew(two_steps, tmp_path):
     shutil.copytree(two_steps, tmp_path / "run")
     for step in ("1", "2"):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / step / "optimizer")
-    with pytest.raises(RunError, match="None of the 2 checkpoints"):
+    for _ in range(2):  # a scheduler gives the same command again
+        with pytest.raises(RunError, match=r"No checkpoint of .* is whole; they are in"):
+            restore(tmp_path / "run")
+        assert len(list((tmp_path / "run" / "damaged_checkpoints").iterdir())) == 2
+
+
+@pytest.mark.parametrize("item", ["params", "optimizer"])
+def test_sigterm_while_a_checkpoint_is_read_is_no_damage(two_steps, tmp_path, item, monkeypatch):
+    shutil.copytree(two_steps, tmp_path / "run")
+    real = ocp.StandardCheckpointHandler.restore
+
+    def restore_and_be_told(self, directory, *arguments, **named):
+        if directory.name == item:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, directory, *arguments, **named)
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", restore_and_be_told)
+    with preemption.handled(), pytest.raises(Preempted):
         restore(tmp_path / "run")
-    assert len(list((tmp_path / "run" / "damaged_checkpoints").iterdir())) == 2
+    assert not list((tmp_path / "run").glob("damaged*"))
+    monkeypatch.undo()
+    check(restore(tmp_path / "run"), 2)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"step": 3}', '{"step": 3, "metric": "x", "value": null}'])
+def test_a_best_checkpoint_that_is_no_longer_known_is_not_given_up(tmp_path, text):
+    save(tmp_path, [1])
+    locations.write_best(str(tmp_path), {"step": 1, "metric": "validation_loss", "value": 0.5})
+    (tmp_path / "best.json").write_text(text)
+    with pytest.raises(InputError, match=r"best\.json is damaged. Write it again, as .*metrics\.jsonl has the values"):
+        locations.locate(f"{tmp_path}/best")
+    with pytest.raises(RunError, match=r"best\.json is damaged"):
+        save(tmp_path, [2, 3], keep=1)
+    assert 1 in locations.steps(str(tmp_path))
 
 
 def without(tree, name):

@@ -12,6 +12,7 @@ import pytest
 
 from recalign_jax import cli, hardware
 from recalign_jax.commands import doctor
+from recalign_jax.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 GIN = ("--gin_file", "gin_configs/models/t5_tiny.gin", "--gin_file", "gin_configs/runs/finetune.gin")
@@ -123,7 +124,8 @@ def test_a_slow_device(monkeypatch):
 
 
 def test_little_room(monkeypatch, tmp_path):
-    assert "no folder of this machine" in doctor.disk("gs://somewhere/else")
+    with pytest.raises(InputError, match="gs://somewhere/else: must be a folder that this machine has"):
+        doctor.disk("gs://somewhere/else")
     monkeypatch.setattr(doctor, "LOW_DISK", 2**60)
     monkeypatch.setattr(doctor, "LOW_HOST_MEMORY", 2**60)
     with pytest.raises(doctor.Doubt, match="KEEP_CHECKPOINTS"):

@@ -309,7 +309,12 @@ def test_buckets_equal_transformers(bidirectional, num_buckets, max_distance):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("activation_dtype", "bfloat"), ("remat", "ful"), ("mlp_activations", ("gelu", "linea")), ("num_tokens", 65)],
+    [
+        *(("activation_dtype", "bfloat"), ("remat", "ful"), ("mlp_activations", ("gelu", "linea")), ("num_tokens", 65)),
+        *(("emb_dim", 64.5), ("emb_dim", 0), ("emb_dim", None), ("num_heads", "4"), ("mlp_activations", ())),
+        *(("dropout_rate", 1.0), ("dropout_rate", -0.5), ("dropout_rate", None), ("layer_norm_epsilon", -1e-6)),
+        *(("relative_attention_num_buckets", 2), ("relative_attention_max_distance", 16)),
+    ],
 )
 def test_bad_configuration_is_named(field, value):
     with pytest.raises(InputError, match=field):

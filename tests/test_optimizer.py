@@ -50,8 +50,10 @@ def test_schedule_says_what_is_wrong():
         make_schedule("linear_warmup_cosine", warmup_steps=10)
     with pytest.raises(InputError, match="total_steps is 10"):
         make_schedule("linear_warmup_linear_decay", warmup_steps=10, total_steps=10)
-    with pytest.raises(InputError, match="warmup_steps is -1"):
-        make_schedule(warmup_steps=-1)
+    for name, value in (("warmup_steps", -1), ("warmup_steps", None), ("warmup_steps", 2.5), ("learning_rate", -1.0),
+                        ("learning_rate", None), ("learning_rate", float("nan")), ("kind", None)):  # fmt: skip
+        with pytest.raises(InputError, match=f"make_schedule.{name} is {value}"):
+            make_schedule(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -72,8 +74,12 @@ def test_what_is_logged_is_the_rate_of_the_optimizer(bindings, rates):
 
 
 def test_unknown_optimizer():
-    with pytest.raises(InputError, match=r"name is 'adamW'; known are adafactor, adamw.*Did you mean 'adamw'\?"):
+    with pytest.raises(InputError, match=r"name is 'adamW', not one of adafactor, adamw.*Did you mean 'adamw'\?"):
         make_optimizer("adamW")
+    for name, value in (("weight_decay", -1.0), ("max_gradient_norm", -1.0), ("max_gradient_norm", 0),
+                        ("max_gradient_norm", "abc"), ("schedule", None), ("name", 3)):  # fmt: skip
+        with pytest.raises(InputError, match=f"make_optimizer.{name} is {value!r}"):
+            make_optimizer(**{name: value})
 
 
 PARAMS = {

@@ -43,7 +43,9 @@ def test_flops_of_a_step_are_xlas():
     assert flops.train_step_flops(WIDE, rows, length, targets) == pytest.approx(counted, rel=0.02)
 
 
-@pytest.mark.parametrize("targets", [("query", "value"), ("wi_0", "wi_1", "wo", "out", "key")])
+@pytest.mark.parametrize(
+    "targets", [("query", "value"), ("wi_0", "wi_1", "wo", "out", "key"), ("query", "logits_dense")]
+)
 def test_flops_of_a_step_with_adapters_are_xlas(targets):
     """Gradients of kernels without adapters aren't computed."""
     rows, length, target_length = 4, 96, 32

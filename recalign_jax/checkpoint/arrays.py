@@ -178,7 +178,9 @@ def open_zarrs(specs: Mapping[str, dict[str, Any]]) -> dict[str, Array]:
 
         return LazyArray(tuple(store.shape), store.dtype.numpy_dtype, read)
 
-    futures = {name: tensorstore.open(spec, open=True, read=True) for name, spec in specs.items()}
+    # A part that a copy lost would be read as zeros. (Those of a kernel that is all zeros are stored.)
+    whole_ones = {name: spec | {"fill_missing_data_reads": False} for name, spec in specs.items()}
+    futures = {name: tensorstore.open(spec, open=True, read=True) for name, spec in whole_ones.items()}
     return {name: open_one(name, future) for name, future in futures.items()}
 
 

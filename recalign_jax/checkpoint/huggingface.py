@@ -69,9 +69,13 @@ def read_config(folder: pathlib.Path) -> T5Config:
     if not path.is_file():
         raise InputError(f"{folder}: no config.json here. Give the folder that save_pretrained wrote.")
     try:
-        values = json.loads(path.read_text())
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: not the configuration of a model")
     if values.get("feed_forward_proj") != "gated-gelu":
         raise InputError(
             f"{path}: feed_forward_proj is {values.get('feed_forward_proj')!r}; only T5.1.1 models ('gated-gelu': "
@@ -79,7 +83,7 @@ def read_config(folder: pathlib.Path) -> T5Config:
         )
     if values.get("num_decoder_layers") is None:
         values["num_decoder_layers"] = values.get("num_layers")
-    fields = {ours: values.get(theirs) for ours, theirs in _CONFIG_FIELDS.items()}
+    fields: dict[str, Any] = {ours: values.get(theirs) for ours, theirs in _CONFIG_FIELDS.items()}
     given = {ours: value for ours, value in fields.items() if value is not None or ours not in _DEFAULTED}
     missing = sorted(_CONFIG_FIELDS[ours] for ours, value in given.items() if value is None)
     if missing:
@@ -89,7 +93,7 @@ def read_config(folder: pathlib.Path) -> T5Config:
         # transformers before 5 scaled exactly the tied models and had no field for it; 5 also ties T5.1.1 models
         # that it makes from scratch, without scaling, and says tie_word_embeddings in any case.
         logits_via_embedding="lm_head.weight" not in _files_of_names(folder),
-        scale_decoder_outputs=values.get("scale_decoder_outputs", values.get("tie_word_embeddings", True)),
+        scale_decoder_outputs=bool(values.get("scale_decoder_outputs", values.get("tie_word_embeddings", True))),
     )
 
 
@@ -160,10 +164,10 @@ def _files_of_names(folder: pathlib.Path) -> dict[str, str]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         try:
-            files = json.loads(index.read_text())["weight_map"]
+            files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            absent = sorted(set(files.values()) - {path.name for path in folder.iterdir()})
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{index}: no index of safetensors files, or damaged ({error!r})") from None
-        absent = sorted(set(files.values()) - {path.name for path in folder.iterdir()})
         if absent:
             raise InputError(f"{index}: names the file {absent[0]!r}, which is not in the folder")
         return files

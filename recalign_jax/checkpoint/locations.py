@@ -65,9 +65,20 @@ def model_dir_of(path: str) -> str:
 
 
 def read_best(model_dir: str) -> dict[str, Any] | None:
-    """`step`, `metric` and `value` of the best evaluation so far; None if there was none."""
+    """`step`, `metric` and `value` of the best evaluation so far; None if there was none.
+
+    Raises InputError when the file is damaged: to begin another one would give up the checkpoint that it names.
+    """
     path = pathlib.Path(model_dir) / _BEST_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        best = json.loads(path.read_text(encoding="utf-8"))
+        best["step"], best["metric"], best["value"] + 0.0
+    except (ValueError, KeyError, TypeError):
+        like = '{"step": 1000, "metric": "validation_ndcg@10", "value": 0.05}'
+        raise InputError(f"{path} is damaged. Write it again, as {like}: metrics.jsonl has the values.") from None
+    return best
 
 
 def write_best(model_dir: str, best: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from recalign_jax.checkpoint import locations
 from recalign_jax.checkpoint.arrays import Array, open_orbax, open_store
 from recalign_jax.checkpoint.fingerprints import by_path, fingerprints
-from recalign_jax.errors import InputError
+from recalign_jax.errors import InputError, Preempted
 
 _ADVICE = {
     "params": "Give the model's own gin file and the vocabulary it was trained with.",
@@ -111,6 +111,8 @@ def read_tree(folder: pathlib.Path, item: str, tree: Any, metadata: dict[str, An
         def read_or_damaged() -> Any:
             try:
                 return read()
+            except Preempted:
+                raise  # SIGTERM while it is read
             except Exception as error:  # whatever a library finds in a damaged file
                 if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                     raise  # too little memory is no damage

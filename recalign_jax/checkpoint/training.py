@@ -116,7 +116,7 @@ def restore_newest(
 
     Raises:
       InputError: when the newest one that is whole has other arrays than `params` and `optimizer`.
-      RunError: when it has some, but none is whole.
+      RunError: when it has or had some, but none is whole.
     """
     model_dir = str(checkpoints.directory.parent)
     found = locations.steps(model_dir)
@@ -130,11 +130,10 @@ def restore_newest(
         except DamagedCheckpoint as error:
             terminal.warn(f"{error.message} It is moved to {_set_aside(folder, model_dir)}.")
             checkpoints.reload()
-    if found:
-        raise RunError(
-            f"None of the {len(found)} checkpoints of {model_dir} is whole; they are in {model_dir}/{DAMAGED}. "
-            "Start anew in another folder."
-        )
+    # A scheduler gives the command again, which must not begin anew where there was a run.
+    aside = pathlib.Path(model_dir) / DAMAGED
+    if found or (aside.is_dir() and any(aside.iterdir())):
+        raise RunError(f"No checkpoint of {model_dir} is whole; they are in {aside}. Start anew in another folder.")
     return None
 
 

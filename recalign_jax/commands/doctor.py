@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import recalign_jax.commands.train  # noqa: F401 (what the gin files of a run configure)
-from recalign_jax import hardware, partitioning, terminal
+from recalign_jax import files, hardware, partitioning, terminal
 from recalign_jax.checkpoint import training as checkpointing
 from recalign_jax.checkpoint.fingerprints import fingerprints
 from recalign_jax.corpus.corpus import data_dir_or_default
@@ -173,9 +173,7 @@ def folders(args: argparse.Namespace) -> dict[str, str]:
 
 def disk(folder: str) -> str:
     """What is free where a folder is, or would be made."""
-    if "://" in folder:
-        return f"{folder} is no folder of this machine"
-    path = pathlib.Path(folder).absolute()
+    path = files.local_folder("A folder to write to", folder).absolute()
     there = next(parent for parent in (path, *path.parents) if parent.exists())
     free = shutil.disk_usage(there).free
     text = f"{free / GIB:.1f} GiB are free at {folder}"

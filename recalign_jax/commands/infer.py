@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import gin
 
-from recalign_jax import __version__, gin_config, partitioning, recommender, terminal
+from recalign_jax import __version__, files, gin_config, partitioning, recommender, terminal
 from recalign_jax.checkpoint import saved
 from recalign_jax.checkpoint.fingerprints import fingerprints
 from recalign_jax.commands.common import load_model
@@ -116,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Writes the recommendations as gin says."""
     options = InferOptions()
-    output_dir = pathlib.Path(gin_config.required("OUTPUT_DIR", options.output_dir, "DIR"))
+    output_dir = files.local_folder("OUTPUT_DIR", gin_config.required("OUTPUT_DIR", options.output_dir, "DIR"))
     start = time.monotonic()
     answering = load(args.data_dir, options)
     asked = _requests(answering, options)

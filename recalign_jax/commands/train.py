@@ -12,7 +12,7 @@ from typing import Any
 import gin
 import jax
 
-from recalign_jax import gin_config, partitioning, terminal
+from recalign_jax import files, gin_config, partitioning, terminal
 from recalign_jax.checkpoint import locations
 from recalign_jax.checkpoint.initial import load_base, load_initial
 from recalign_jax.commands.common import EVALUATED, make_evaluation, model_config, task_fingerprints
@@ -94,7 +94,7 @@ def train_command(
     mixture_or_task_name = gin_config.required(
         "MIXTURE_OR_TASK_NAME", mixture_or_task_name, "movielens_retrieval_aligned_token"
     )
-    model_dir = gin_config.required("MODEL_DIR", model_dir, "DIR")
+    model_dir = str(files.local_folder("MODEL_DIR", gin_config.required("MODEL_DIR", model_dir, "DIR")))
     vocabulary = vocabularies.find(gin_config.required("VOCABULARY", vocabulary, "PATH"), data_dir)
 
     if initial_checkpoint is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from recalign_jax import errors
+from recalign_jax import errors, files
 from recalign_jax.corpus import datasets, holdout, storage
 from recalign_jax.corpus.records import Item, ItemText
 
@@ -257,4 +257,5 @@ def _objection(name: str) -> str:
 
 def data_dir_or_default(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
     """Returns the directory that holds the corpora: the argument, $RECALIGN_DATA_DIR or ~/recalign_data."""
-    return pathlib.Path(data_dir or os.environ.get("RECALIGN_DATA_DIR") or "~/recalign_data").expanduser()
+    given = os.fspath(data_dir or os.environ.get("RECALIGN_DATA_DIR") or "~/recalign_data")
+    return files.local_folder("The folder of corpora", given).expanduser()

@@ -6,7 +6,7 @@ import gin
 import jax
 import jax.numpy as jnp
 
-from recalign_jax.errors import InputError, did_you_mean
+from recalign_jax.errors import InputError, check_choice, check_kinds, check_least, check_number
 
 ACTIVATIONS = ("gelu", "relu", "silu", "linear")
 ACTIVATION_DTYPES = ("auto", "float32", "bfloat16")
@@ -19,7 +19,7 @@ class T5Config:
     """Sizes and numerics of a model. Names are T5X's (`t5x/examples/t5/network.py`) where it has one.
 
     The trainer replaces `vocab_size` and `num_tokens` by those of its vocabulary (`dataclasses.replace`).
-    Raises InputError for a name that is not among the known ones.
+    Raises InputError for a name that is not among the known ones, a value of another kind, and sizes that can't be.
     """
 
     emb_dim: int  # D
@@ -41,10 +41,19 @@ class T5Config:
     remat: str = "none"  # what the backward pass computes again: attention's logits, all of attention's products, all
 
     def __post_init__(self) -> None:
-        _check("activation_dtype", self.activation_dtype, ACTIVATION_DTYPES)
-        _check("remat", self.remat, REMAT_POLICIES)
+        check_kinds(self)
+        check_choice("T5Config.activation_dtype", self.activation_dtype, ACTIVATION_DTYPES)
+        check_choice("T5Config.remat", self.remat, REMAT_POLICIES)
         for activation in self.mlp_activations:
-            _check("mlp_activations", activation, ACTIVATIONS)
+            check_choice("T5Config.mlp_activations", activation, ACTIVATIONS)
+        if not self.mlp_activations:
+            raise InputError("T5Config.mlp_activations is empty: give one of each input kernel, as ('gelu', 'linear').")
+        check_least(self, 1, "emb_dim", "num_heads", "head_dim", "num_encoder_layers", "num_decoder_layers", "mlp_dim")
+        check_least(self, 4, "relative_attention_num_buckets")  # two for either direction
+        check_least(self, self.relative_attention_num_buckets // 2 + 1, "relative_attention_max_distance")
+        check_number("T5Config.layer_norm_epsilon", self.layer_norm_epsilon)
+        if not 0 <= self.dropout_rate < 1:
+            raise InputError(f"T5Config.dropout_rate is {self.dropout_rate}: must be at least 0 and below 1.")
         if self.num_tokens is not None and not 0 < self.num_tokens <= self.vocab_size:
             raise InputError(f"T5Config.num_tokens is {self.num_tokens}: must be in 1..vocab_size ({self.vocab_size})")
 
@@ -54,10 +63,3 @@ class T5Config:
         if self.activation_dtype == "auto":
             return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
         return jnp.dtype(self.activation_dtype)
-
-
-def _check(field: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise InputError(
-            f"T5Config.{field} has {value!r}, which is not one of {', '.join(known)}.{did_you_mean(str(value), known)}"
-        )

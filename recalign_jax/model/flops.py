@@ -11,8 +11,9 @@ _ATTENTION = "attention"
 def products(config: T5Config, input_length: int, target_length: int) -> dict[str, float]:
     """FLOPs of the matrix products of one row's forward pass, by kernel; a multiplication and an addition are two.
 
-    Counted: all projections and MLPs by the names of their kernels, `attention` (two products, over whole rows, as they
-    are computed, also where rows are packed or causal), and `logits`. Not counted: what grows with the size of
+    Counted: all projections, MLPs and the logits by the names of their kernels (`logits_dense` also where the embedding
+    stands for it), and `attention` (two products, over whole rows, as they are computed, also where rows are packed or
+    causal). Not counted: what grows with the size of
     activations alone (norms, softmax, dropout) and the lookup of embeddings.
     """
     layers, more = config.num_encoder_layers, config.num_decoder_layers
@@ -28,13 +29,8 @@ def products(config: T5Config, input_length: int, target_length: int) -> dict[st
     found |= {f"wi_{n}": float(tokens * mlp) for n in range(len(config.mlp_activations))}
     found["wo"] = float(tokens * mlp)
     found[_ATTENTION] = float(2 * 2 * pairs * config.num_heads * config.head_dim)
-    found["logits"] = float(targets * 2 * config.emb_dim * config.vocab_size)
+    found["logits_dense"] = float(targets * 2 * config.emb_dim * config.vocab_size)
     return found
-
-
-def forward_flops(config: T5Config, batch_size: int, input_length: int, target_length: int) -> float:
-    """FLOPs of the matrix products of one forward pass, see `products`."""
-    return batch_size * sum(products(config, input_length, target_length).values())
 
 
 def train_step_flops(

@@ -102,6 +102,6 @@ def _targeted(params: Any, options: LoraOptions) -> dict[str, Any]:
     known = sorted(set(kernels.values()))
     for target in options.targets:
         if target not in known:
-            hint = did_you_mean(str(target), known)
+            hint = did_you_mean(target, known)
             raise InputError(f"LORA_TARGETS has {target!r}; the model's kernels are {', '.join(known)}.{hint}")
     return {path: flat[path] for path, name in kernels.items() if name in options.targets}

@@ -95,7 +95,7 @@ class Run:
         """`step`, `metric` and `value` of the best evaluation; None before the first one."""
         try:
             best = locations.read_best(str(self.folder))
-        except (OSError, ValueError):
+        except (OSError, InputError):
             best = None
         return best or steering.best_evaluation(self.records, self.metric)[0]
 

@@ -8,7 +8,7 @@ import optax
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 
-from recalign_jax.errors import InputError, did_you_mean
+from recalign_jax.errors import InputError, check_choice, check_number
 from recalign_jax.training.adafactor import Factored, adafactor, factored_specs, path_name
 
 # The last part of the paths of parameters that weight decay leaves alone: norms, biases and embeddings.
@@ -31,19 +31,16 @@ def make_schedule(
       total_steps: the length of the run; only the two that fall need it.
 
     Raises:
-      InputError: for an unknown kind, or steps that don't fit together.
+      InputError: for an unknown kind, what is no number or below 0, or steps that don't fit together.
     """
-    if kind not in SCHEDULES:
-        raise InputError(
-            f"make_schedule.kind is {kind!r}; known are {', '.join(SCHEDULES)}.{did_you_mean(kind, SCHEDULES)}"
-        )
-    if warmup_steps < 0:
-        raise InputError(f"make_schedule.warmup_steps is {warmup_steps}; give 0 for no warm-up.")
+    check_choice("make_schedule.kind", kind, SCHEDULES)
+    check_number("make_schedule.learning_rate", learning_rate)
+    check_number("make_schedule.warmup_steps", warmup_steps, whole=True)
     if kind == "inverse_sqrt":
         return lambda step: learning_rate / jnp.sqrt(jnp.maximum(step, max(warmup_steps, 1)))
     if kind == "constant":
         schedule = optax.constant_schedule(learning_rate)
-    elif total_steps is None or total_steps <= warmup_steps:
+    elif not isinstance(total_steps, int) or total_steps <= warmup_steps:
         raise InputError(
             f"make_schedule.total_steps is {total_steps}; {kind} needs more than its {warmup_steps} warmup_steps."
         )
@@ -87,12 +84,16 @@ def make_optimizer(
       max_gradient_norm: gradients with a greater global norm are first scaled down to it; None for no clipping.
 
     Raises:
-      InputError: for an unknown name.
+      InputError: for an unknown name, and for what is no number or below 0.
     """
-    if name not in OPTIMIZERS:
-        raise InputError(
-            f"make_optimizer.name is {name!r}; known are {', '.join(OPTIMIZERS)}.{did_you_mean(name, OPTIMIZERS)}"
-        )
+    check_choice("make_optimizer.name", name, OPTIMIZERS)
+    check_number("make_optimizer.weight_decay", weight_decay)
+    if not callable(schedule):
+        check_number("make_optimizer.schedule", schedule)
+    if max_gradient_norm is not None:
+        check_number("make_optimizer.max_gradient_norm", max_gradient_norm)
+        if not max_gradient_norm:
+            raise InputError("make_optimizer.max_gradient_norm is 0, so nothing would be learned: None doesn't clip.")
     optimizer = OPTIMIZERS[name](schedule, weight_decay=weight_decay, weight_decay_mask=decayed)
     if max_gradient_norm is None:
         return optimizer

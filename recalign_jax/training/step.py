@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from recalign_jax import partitioning
-from recalign_jax.errors import InputError, check_kinds
+from recalign_jax.errors import InputError, check_kinds, check_number
 from recalign_jax.model import lora, t5
 from recalign_jax.model.config import T5Config
 from recalign_jax.model.lora import LoraOptions
@@ -34,7 +34,7 @@ class StepOptions:
       logits_chunks: parts of the target positions, of which one part's logits exist at a time.
 
     Raises:
-      InputError: for values of another kind, and numbers below 1.
+      InputError: for values of another kind, a negative z-loss, and other numbers below 1.
     """
 
     z_loss: float = 1e-4
@@ -43,6 +43,7 @@ class StepOptions:
 
     def __post_init__(self) -> None:
         check_kinds(self)
+        check_number("Z_LOSS", self.z_loss)
         for name in ("gradient_accumulation", "logits_chunks"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name.upper()} is {getattr(self, name)}: must be at least 1.")
