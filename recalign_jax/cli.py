@@ -1,6 +1,7 @@
 """`recalign <command>`: one table of commands; each is imported only when it is called."""
 
 import argparse
+import errno
 import importlib
 import json
 import logging
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from recalign_jax import __version__
-from recalign_jax.errors import InputError, Preempted, RecalignError, did_you_mean
+from recalign_jax.errors import InputError, Preempted, RecalignError, RunError, did_you_mean
 
 # command -> help. Its module in `commands` has add_arguments(parser) and run(args) -> dict; if its USES_GIN is
 # true, gin is parsed before it runs.
@@ -33,6 +34,10 @@ COMMANDS = {
 RUNS_ON_DEVICES = ("train", "eval", "infer", "doctor")
 # These do the same again and again, and on a CPU with the memory of the time before.
 REPEATS = ("train", "eval", "infer", "baseline")
+# Exit statuses of what the system says of a path that was given, and of a disk that has no room.
+_OF_A_PATH = (errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+_STATUS_OF = dict.fromkeys((*_OF_A_PATH, errno.EACCES, errno.EPERM, errno.EROFS), InputError.exit_status)
+_STATUS_OF |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), RunError.exit_status)
 
 
 def _usage() -> str:
@@ -73,14 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RecalignError as error:
         print(f"recalign {name}: {terminal.prefix()}{error.message}", file=sys.stderr)
         return distributed.end(error.exit_status, error.message, together=isinstance(error, Preempted))
-    except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:  # a path that was given
-        message = f"{error.strerror}: {error.filename2 or error.filename}"
-        print(f"recalign {name}: {terminal.prefix()}{message}", file=sys.stderr)
-        return distributed.end(InputError.exit_status, message)
     except KeyboardInterrupt:
         print(f"recalign {name}: {terminal.prefix()}interrupted", file=sys.stderr)
         return distributed.end(130, "interrupted")
     except Exception as error:
+        if isinstance(error, OSError) and (status := _STATUS_OF.get(error.errno or 0)):
+            message = ": ".join(filter(None, (error.strerror, str(error.filename2 or error.filename or ""))))
+            print(f"recalign {name}: {terminal.prefix()}{message}", file=sys.stderr)
+            return distributed.end(status, message)
         distributed.await_others_failure()
         traceback.print_exc()
         return distributed.end(1, repr(error))

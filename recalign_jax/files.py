@@ -8,7 +8,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from recalign_jax import terminal
 from recalign_jax.errors import InputError
@@ -52,7 +52,8 @@ def _remove(folder: pathlib.Path) -> None:
 def atomic_file(path: str | os.PathLike[str], aside_in: str | os.PathLike[str] | None = None) -> Iterator[pathlib.Path]:
     """Yields a path beside `path` to write to; it takes the name `path` when the block ends well.
 
-    On an exception the file beside it is removed and what stood at `path` stays as it was.
+    On an exception the file beside it is removed and what stood at `path` stays as it was. Where the file system has
+    locks, what killed writers of `path` left beside it (`.NAME.partial.*`) is removed first.
 
     Args:
       path: of the file.
@@ -61,9 +62,9 @@ def atomic_file(path: str | os.PathLike[str], aside_in: str | os.PathLike[str] |
     """
     target = pathlib.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=aside_in or target.parent)
-    os.close(descriptor)
-    aside = pathlib.Path(name)
+    if aside_in is None:
+        _remove_abandoned(target)
+    aside, lock = _locked(target, pathlib.Path(aside_in or target.parent), _new_file)
     try:
         yield aside
         _sync(aside)
@@ -73,6 +74,8 @@ def atomic_file(path: str | os.PathLike[str], aside_in: str | os.PathLike[str] |
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(lock)
 
 
 @contextlib.contextmanager
@@ -88,7 +91,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     target = pathlib.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target)
-    aside, lock = _locked_directory(target)
+    aside, lock = _locked(target, target.parent, tempfile.mkdtemp)
     try:
         aside.chmod(0o755)
         yield aside
@@ -117,10 +120,27 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         os.close(lock)
 
 
-def _locked_directory(target: pathlib.Path) -> tuple[pathlib.Path, int]:
-    """Makes a directory beside `target`; a lock on it lasts as long as the descriptor, or this process, does."""
+@contextlib.contextmanager
+def scratch_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields an empty directory beside `target`, to be removed at the end, or after a kill by `atomic_directory`."""
+    scratch, lock = _locked(target, target.parent, tempfile.mkdtemp)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(lock)
+
+
+def _new_file(prefix: str, dir: pathlib.Path) -> str:
+    descriptor, name = tempfile.mkstemp(prefix=prefix, dir=dir)
+    os.close(descriptor)
+    return name
+
+
+def _locked(target: pathlib.Path, folder: pathlib.Path, make: Callable[..., str]) -> tuple[pathlib.Path, int]:
+    """Makes a file or directory in `folder`; a lock on it lasts as long as the descriptor, or this process, does."""
     while True:
-        aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.partial.", dir=target.parent))
+        aside = pathlib.Path(make(prefix=f".{target.name}.partial.", dir=folder))
         try:
             descriptor = os.open(aside, os.O_RDONLY)
         except FileNotFoundError:
@@ -138,7 +158,10 @@ def _remove_abandoned(target: pathlib.Path) -> None:
             descriptor = os.open(abandoned, os.O_RDONLY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(abandoned, ignore_errors=True)
+                if abandoned.is_dir():
+                    shutil.rmtree(abandoned, ignore_errors=True)
+                else:
+                    abandoned.unlink(missing_ok=True)
             finally:
                 os.close(descriptor)
 

@@ -150,9 +150,9 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def say(message: str) -> None:
-    """Prints a line for the person (standard output, no markup interpreted)."""
+    """Prints a line for the person (standard output; nothing in it is interpreted)."""
     if speaks():
-        Console().print(message, markup=False, highlight=False, soft_wrap=True)
+        _print(Console(), message)
 
 
 def next_step(*command: str) -> None:
@@ -162,7 +162,11 @@ def next_step(*command: str) -> None:
 
 def warn(message: str) -> None:
     """Prints a warning to standard error."""
-    Console(stderr=True).print(f"warning: {prefix()}{message}", markup=False, highlight=False, soft_wrap=True)
+    _print(Console(stderr=True), f"warning: {prefix()}{message}")
+
+
+def _print(console: Console, message: str) -> None:
+    console.print(message, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -54,6 +54,14 @@ def num_shown(spec: TaskSpec, wording: int, query: Query, items: np.ndarray, lim
     return writing.num_candidates(spec, wording, writing.displays(spec, query.history), limit, shown)
 
 
+def shows(spec: TaskSpec, wording: int, query: Query, items: np.ndarray, limit: int) -> tuple[bool, bool]:
+    """Whether `choice_prompt` shows all candidates, and the whole history."""
+    candidates, history = [spec.displays.of(item) for item in items], writing.displays(spec, query.history)
+    others = writing.neighbours(spec, query.history, query.user)
+    shown, of_candidates, _ = writing.fitting(spec, wording, history, limit, candidates, neighbours=others)
+    return len(of_candidates) == len(candidates), len(shown) == len(history)
+
+
 def shortest_retrieval(spec: TaskSpec) -> dict[str, int]:
     return {"inputs": writing.question_size(spec) + spec.displays.longest, "targets": int(spec.catalog.lengths.max())}
 

@@ -62,10 +62,9 @@ def write_choice(
     return next_items.choice_prompt(spec, writing.held_out_wording(spec), query, candidates, limit)
 
 
-def shows_all(spec: TaskSpec, query: examples.Query, candidates: np.ndarray, limit: int) -> bool:
-    """Whether `write_choice` has room for all candidates."""
-    wording = writing.held_out_wording(spec)
-    return next_items.num_shown(spec, wording, query, candidates, limit) == len(candidates)
+def shows(spec: TaskSpec, query: examples.Query, candidates: np.ndarray, limit: int) -> tuple[bool, bool]:
+    """Whether `write_choice` has room for all candidates, and for all of the history that HISTORY_LENGTH allows."""
+    return next_items.shows(spec, writing.held_out_wording(spec), query, candidates, limit)
 
 
 def write_rating(spec: TaskSpec, query: examples.RatedQuery, limit: int = writing.NO_LIMIT) -> np.ndarray:

@@ -115,14 +115,7 @@ def prompt(
       neighbours: tokens of each neighbour, written behind the history if there are any.
     """
     words = words_of(spec)
-    room = limit - words.sizes[spec.wordings][wording] - (0 if item is None else len(item))
-    newest = len(history[-1]) if history else 0
-    candidates = candidates[: num_candidates(spec, wording, history, limit, candidates)]
-    room -= _joined_size(words, candidates)
-    neighbours = neighbours[: _num_fitting(words, neighbours, room - newest - len(words.neighbours))]
-    if neighbours:
-        room -= _joined_size(words, neighbours) + len(words.neighbours)
-    history = history[num_dropped(words, [len(tokens) for tokens in history], room) :]
+    history, candidates, neighbours = fitting(spec, wording, history, limit, candidates, item, neighbours)
     slots = {HISTORY: history, CANDIDATES: candidates, ITEM: [] if item is None else [item]}
     parts = []
     for part in words.templates[spec.wordings][wording]:
@@ -133,6 +126,28 @@ def prompt(
         if part == HISTORY and neighbours:
             parts += [words.neighbours, *joined(words, neighbours)]
     return np.concatenate([*parts, _END])
+
+
+def fitting(
+    spec: TaskSpec,
+    wording: int,
+    history: Sequence[np.ndarray],
+    limit: int,
+    candidates: Sequence[np.ndarray] = (),
+    item: np.ndarray | None = None,
+    neighbours: Sequence[np.ndarray] = (),
+) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray], Sequence[np.ndarray]]:
+    """What `prompt`, whose arguments these are, has room for: of history, candidates and neighbours."""
+    words = words_of(spec)
+    room = limit - words.sizes[spec.wordings][wording] - (0 if item is None else len(item))
+    newest = len(history[-1]) if history else 0
+    candidates = candidates[: num_candidates(spec, wording, history, limit, candidates)]
+    room -= _joined_size(words, candidates)
+    neighbours = neighbours[: _num_fitting(words, neighbours, room - newest - len(words.neighbours))]
+    if neighbours:
+        room -= _joined_size(words, neighbours) + len(words.neighbours)
+    history = history[num_dropped(words, [len(tokens) for tokens in history], room) :]
+    return history, candidates, neighbours
 
 
 def num_candidates(

@@ -2,12 +2,14 @@
 
 import argparse
 import atexit
+import contextlib
 import functools
 import json
 import pathlib
+import resource
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +18,17 @@ import numpy as np
 from recalign_jax.commands import prepare, vocab
 from recalign_jax.corpus.corpus import Corpus, load_corpus
 from tests.shared_data import shared
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """As on a full disk, writing fails once a file has so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def call(command: ModuleType, data_dir: pathlib.Path, *flags: str) -> dict[str, Any]:

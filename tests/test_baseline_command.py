@@ -47,6 +47,29 @@ def test_every_method_has_the_keys_of_eval(run, tmp_path, shop_corpus, method):
     assert json.loads((tmp_path / "metrics.json").read_text()) == told
 
 
+def test_a_killed_evaluation_leaves_no_mixture_of_two(run, tmp_path, monkeypatch):
+    whole = run("popularity", "--output_dir", str(tmp_path))
+    assert whole["method_options"] == {"newest": 1.0}
+    (tmp_path / "notes.txt").write_text("mine")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ranking, "evaluate", killed)
+    run("itemknn", "--output_dir", str(tmp_path), status=130)
+    assert {path.name for path in tmp_path.iterdir()} == {"retrieval.parquet", "notes.txt"}
+    monkeypatch.undo()
+    run("popularity", "--family", "ranking", "--output_dir", str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"ranking.parquet", "metrics.json", "notes.txt"}
+
+
+def test_a_place_that_cannot_be_written_to_costs_no_training(run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(baseline, "load_corpus", None)
+    assert "File exists" in run("sasrec", "--output_dir", str(tmp_path / "file"), status=2)["error"]
+    assert "must be a folder" in run("sasrec", "--output_dir", "gs://bucket/x", status=2)["error"]
+
+
 @pytest.mark.parametrize("method", FAST)
 def test_a_model_dir_is_kept_and_gone_on_with(run, tmp_path, method, monkeypatch):
     folder = tmp_path / "model"

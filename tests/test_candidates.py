@@ -61,6 +61,16 @@ def test_a_small_category_is_filled_up_without_looking_at_all_items(beauty_corpu
     assert found == draw(beauty_corpus, item, [], 20, "category")
 
 
+def test_kinds_count_where_few_items_are_left(beauty_corpus):
+    texts = [beauty_corpus.item_text(item).categories[-1:] for item in range(beauty_corpus.num_items)]
+    category = next(text for text, members in Counter(texts).items() if text and 40 < members < 60)
+    members = [item for item, text in enumerate(texts) if text == category]
+    others = [item for item, text in enumerate(texts) if text != category][:20]
+    met = sorted(set(range(beauty_corpus.num_items)) - {*members, *others})
+    found = draw(beauty_corpus, members[0], met, 20, "category")
+    assert {texts[item] for item in found} == {category}
+
+
 def test_an_unknown_kind_is_an_input_error(shop_corpus):
     with pytest.raises(InputError, match=r"NEGATIVES is 'unifrom'.*Did you mean 'uniform'"):
         draw(shop_corpus, 0, [], 1, "unifrom")

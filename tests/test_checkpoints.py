@@ -1,9 +1,7 @@
 """Checkpoints that were altered, cut short, or could not be written: found out, named, and none good is lost."""
 
-import contextlib
 import json
 import os
-import resource
 import shutil
 import signal
 
@@ -19,6 +17,7 @@ from recalign_jax.checkpoint.fingerprints import fingerprints
 from recalign_jax.checkpoint.saved import DamagedCheckpoint
 from recalign_jax.errors import InputError, Preempted, RunError
 from recalign_jax.training import preemption
+from tests.corpora import files_of_at_most
 
 
 def trees(step: int):
@@ -215,17 +214,6 @@ def test_a_step_that_is_not_there_is_not_another_one(two_steps, tmp_path):
         locations.locate(f"{two_steps}/checkpoints/3")
     with pytest.raises(InputError, match="Steps there: none"):
         locations.locate(f"{tmp_path}/checkpoints/3")
-
-
-@contextlib.contextmanager
-def files_of_at_most(size: int):
-    """As on a full disk, writing fails once a file has so many bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_what_cannot_be_written_costs_no_good_one(tmp_path):

@@ -17,13 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recalign_jax import files
+from recalign_jax import cli, files
 from recalign_jax.commands import inspect, prepare
 from recalign_jax.corpus import build, corpus, holdout
 from recalign_jax.corpus.records import Interaction, ItemText
 from recalign_jax.errors import InputError
-from recalign_jax.files import atomic_directory
-from tests.corpora import call, prepared, shared_corpus, write_tables
+from recalign_jax.files import atomic_directory, atomic_file
+from tests.corpora import call, files_of_at_most, prepared, shared_corpus, write_tables
 
 ROWS = [
     *[("ann", item, time, 4) for item, time in (("x", 3), ("y", 1), ("z", 2), ("w", 9))],
@@ -488,6 +488,29 @@ def test_an_interrupted_prepare_leaves_the_old_corpus(small, monkeypatch):
     assert sorted(path.name for path in data_dir.iterdir()) == ["raw", "small"]
 
 
+@pytest.mark.parametrize("size", [100, 1000, 3000])
+def test_a_full_disk_is_told_of_and_leaves_nothing(tmp_path, capsys, size):
+    rows = [(f"user{user}", f"item{item}", item) for user in range(40) for item in range(20)]
+    raw = write_tables(tmp_path / "raw", rows, [{"item_id": f"item{item}", "title": "x" * 50} for item in range(20)])
+    arguments = ["--source", "tables", "--input", str(raw), "--corpus", "full", "--data_dir", str(tmp_path / "data")]
+    with files_of_at_most(size):
+        assert cli.main(["prepare", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert "can't be written" in error
+    assert "See that there is room" in error
+    assert "Traceback" not in error
+    assert not list((tmp_path / "data").iterdir())
+
+
+@pytest.mark.parametrize("folder", ["/proc/x", "{}/file/below", "{}/" + 300 * "x"])
+def test_a_place_that_cannot_be_made_is_told_of(tmp_path, capsys, folder):
+    (tmp_path / "file").write_text("")
+    raw = write_tables(tmp_path / "raw", [("ann", "a", 1)])
+    arguments = ["--source", "tables", "--input", str(raw), "--corpus", "x", "--data_dir", folder.format(tmp_path)]
+    assert cli.main(["prepare", *arguments]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_there_is_a_whole_corpus_at_every_moment(tmp_path):
     """A reader looks without a break while the folder is replaced 200 times."""
     target, ended, lacking = tmp_path / "corpus", threading.Event(), []
@@ -552,6 +575,31 @@ def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_no
     assert left.is_dir()
     with atomic_directory(target) as aside:
         assert sorted(tmp_path.iterdir()) == sorted([target, aside, tmp_path / ".corpus.original"])
+
+
+def test_what_a_killed_writer_of_a_file_left_is_removed(tmp_path):
+    program = """
+        import sys, time
+        from recalign_jax.files import atomic_file
+        with atomic_file(sys.argv[1]) as aside:
+            aside.write_text("half")
+            print(aside, flush=True)
+            time.sleep(60)
+    """
+    target = tmp_path / "metrics.json"
+    (tmp_path / ".metrics.json.mine").write_text("")
+    command = [sys.executable, "-c", textwrap.dedent(program), str(target)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as killed:
+        assert killed.stdout is not None
+        left = pathlib.Path(killed.stdout.readline().strip())
+        with atomic_file(target) as aside:
+            aside.write_text("whole")
+        assert left.read_text() == "half"  # it lives
+        killed.kill()
+    assert left.is_file()
+    with atomic_file(target) as aside:
+        aside.write_text("whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".metrics.json.mine", "metrics.json"]
 
 
 @pytest.mark.parametrize("exchanges", [True, False])

@@ -48,6 +48,19 @@ def test_the_same_text_gives_the_same_vocabulary(trained, data_dir, tmp_path):
         assert one.read() == other.read()
 
 
+def test_a_vocabulary_is_not_replaced_by_another_one_unasked(data_dir, tmp_path):
+    path = tmp_path / "words.model"
+    command = (vocab_command, data_dir, "--corpus", "movielens_100k", "--output", str(path))
+    call(*command, "--size", "500")
+    before = path.read_bytes()
+    call(*command, "--size", "500")  # the same again
+    with pytest.raises(InputError, match="another vocabulary, which models may have been trained with"):
+        call(*command, "--size", "501")
+    assert path.read_bytes() == before
+    call(*command, "--size", "501", "--overwrite")
+    assert path.read_bytes() != before
+
+
 def test_words_of_phrases_become_pieces(data_dir):
     titles = list(vocab.corpus_text(load_corpus("movielens_100k", data_dir)))
 

@@ -220,6 +220,9 @@ def test_only_process_0_speaks(capsys, monkeypatch):
         assert [f"{text} {number}" in output.out for number in (None, 0, 1)] == [True, True, False]
     assert [f"progress {number}" in output.err for number in (None, 0, 1)] == [True, True, False]
     assert "warning: warned None" in output.err
+    for speak in (terminal.say, terminal.warn):
+        speak("[bold]A title[/] :star:")
+    assert [text.count("[bold]A title[/] :star:") for text in capsys.readouterr()] == [0, 1]
     assert "warning: process 0: warned 0" in output.err
     assert "warning: process 1: warned 1" in output.err
 

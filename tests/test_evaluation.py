@@ -94,8 +94,9 @@ def test_prompts_are_those_of_the_held_out_samples(make_spec, limit, wording):
         prompt = samples.write_choice(spec, query, items, limit)
         np.testing.assert_array_equal(prompt, samples.render(spec, "validation", index, limits=limits).inputs)
         whole = samples.write_choice(spec, query, items, writing.NO_LIMIT)
-        shown, every = (spec.vocabulary.decode(tokens[:-1]).split(before)[1] for tokens in (prompt, whole))
-        assert samples.shows_all(spec, query, items, limit) == (shown == every)
+        texts = [spec.vocabulary.decode(tokens[:-1]).split(before) for tokens in (prompt, whole)]
+        (history, candidates), (whole_history, every) = ((a.split("Others with")[0], b) for a, b in texts)
+        assert samples.shows(spec, query, items, limit) == (candidates == every, history == whole_history)
     for family in ("rating", "rating_random"):
         for history in (True, False):
             spec = make_spec(family, rating_history=history, evaluation_wording=wording)
@@ -128,7 +129,7 @@ def test_scores_of_candidates_are_their_likelihoods(make_spec, model, likelihood
     _, title, count = np.unique(spec.catalog.tokens, axis=0, return_inverse=True, return_counts=True)
     candidates[0, :2] = np.flatnonzero(count[title] == 2)
     candidates[0, 2:] = np.setdiff1d(np.arange(60), candidates[0, :2])[: NEGATIVES - 1]
-    assert not all(samples.shows_all(spec, *pair, 128) for pair in zip(queries, candidates, strict=True))
+    assert not all(samples.shows(spec, *pair, 128)[0] for pair in zip(queries, candidates, strict=True))
     score = recommender.make_scorer(spec, model[0], DECODING, sharding)(model[1])
     [scores] = results.gather(score(queries, candidates), USERS, "")
     for query, row, found in zip(queries, candidates, scores, strict=True):
@@ -249,16 +250,19 @@ def test_a_sample_of_random_ratings_is_of_users_everywhere(shop_corpus):
 
 
 @pytest.mark.parametrize("family", ["rating", "rating_random"])
-def test_popularity_of_a_target_is_that_of_its_own_training_part(shop_corpus, family):
+def test_popularity_of_a_target_is_that_of_its_own_training_part(shop_corpus, family, capsys):
     queries = rating.evaluation_queries(shop_corpus, "test", family, ALL)
 
     def predict(asked):
         return [(np.arange(len(asked)), np.ones(len(asked), np.float32), np.ones(len(asked), np.float32))]
 
-    facts = rating.evaluate(shop_corpus, predict, queries, family).facts
+    result = rating.evaluate(shop_corpus, predict, queries, family)
+    rows_of = {"rating": "users", "rating_random": "ratings"}[family]
+    report.publish([("title", result)], shop_corpus, {}, None)
+    assert f"All {len(queries)} {rows_of}" in capsys.readouterr().out
     train = examples.random_part(shop_corpus, "train") if family == "rating_random" else shop_corpus.in_training
     expected = [int((shop_corpus.items[train] == query.target).sum()) for query in queries]
-    assert facts["target_popularity"].tolist() == expected
+    assert result.facts["target_popularity"].tolist() == expected
 
 
 @pytest.mark.parametrize("answers", [[0, 1, 1], [0, 2], []])

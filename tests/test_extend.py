@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recalign_jax import files
 from recalign_jax.commands import inspect, prepare
-from recalign_jax.corpus import build
+from recalign_jax.corpus import build, extend
 from recalign_jax.corpus.assemble import Reader, assemble
 from recalign_jax.corpus.corpus import load_corpus
 from recalign_jax.corpus.records import Interaction, Item, ItemText
@@ -380,6 +381,31 @@ def test_an_interrupted_extension_leaves_the_corpus(small, monkeypatch):
         extended(small, MORE, MORE_ITEMS)
     assert snapshot(small.directory) == before
     assert sorted(path.name for path in small.directory.parent.iterdir()) == ["more", "raw", "small"]
+
+
+def test_of_two_extensions_at_once_none_is_lost(small, monkeypatch):
+    real = extend.storage.write
+
+    def write(*arguments):
+        monkeypatch.undo()
+        extended(small, [("first", "a", 1)])  # the other one, from its beginning to its end
+        real(*arguments)
+
+    monkeypatch.setattr(extend.storage, "write", write)
+    with pytest.raises(InputError, match="was replaced while in use"):
+        extended(small, [("second", "a", 1)])
+    after = load_corpus("small", small.directory.parent)
+    users = [after.user_source_id(user) for user in range(after.num_users)]
+    assert ("first" in users, "second" in users) == (True, False)
+
+
+def test_what_a_killed_extension_left_is_removed(small):
+    with files.scratch_directory(small.directory) as living:
+        left = living.with_name(f"{living.name}_killed")
+        left.mkdir()
+        extended(small, [("new", "a", 1)])
+        assert (left.exists(), living.exists()) == (False, True)
+    assert not living.exists()
 
 
 def test_only_a_corpus_can_be_extended(small, capsys):

@@ -108,6 +108,7 @@ BAD = [
     ('{"user": "a", "items": 3.5}', "items must be a list"),
     ('{"user": "a", "items": [null]}', "each of items must be text"),
     ('{"user": "a", "titles": [3]}', "each of titles must be text"),
+    ('{"user": "a", "titles": [null]}', "each of titles is empty"),
     ('{"user": "good 0", "items": []}', "user 'good 0' is there twice"),
     ('{"user": "\\ud800", "items": []}', "surrogate"),
     ("\x00", "NUL"),
@@ -145,9 +146,16 @@ def test_cells_as_programs_write_them(shop_corpus):
     corpus = with_items(shop_corpus, [Item("7", ItemText(title="Seven")), Item("8", ItemText(title="[Eight|8]"))])
     for items in (" 7 | 8", [7.0, 8], ["7 ", "8"], "[7, 8]", '["7", "8"]', ' ["7", " 8"] '):
         assert request_of(corpus, NEEDS, {"user": 1, "items": items}).query.history.tolist() == [60, 61]
-    for empty in (None, ""):
-        row = {"user": 1, "items": empty, "titles": ["seven"]}
-        assert request_of(corpus, NEEDS, row).query.history.tolist() == [60]
+    for empty in (None, "", "  ", []):
+        for row in (
+            {"items": empty, "titles": ["seven"]},
+            {"items": empty, "history": [7]},
+            {"history": "7", "items": empty},
+        ):
+            assert request_of(corpus, NEEDS, {"user": 1, **row}).query.history.tolist() == [60]
+        assert not len(request_of(corpus, NEEDS, {"user": 1, "items": empty, "titles": empty}).query.history)
+    with pytest.raises(RowError, match="64 bits"):  # no float is every whole number from here on
+        request_of(corpus, NEEDS, {"user": 1, "items": [float(2**53)]})
     assert request_of(corpus, NEEDS, {"user": 1, "titles": '["[eight|8]"]'}).query.history.tolist() == [61]
     assert request_of(corpus, NEEDS, {"user": 1, "titles": "[Eight] | SEVEN"}).unknown == ("[Eight]",)  # as given
 
@@ -293,7 +301,7 @@ def test_answers_come_in_order_and_those_without_history_are_popular(shop_corpus
     assert [row["method"] for row in rows] == ["model", "popularity", "model", "model", "popularity"]
     assert rows[0]["items"] == ids(shop_corpus, 1, 3, 4)
     assert rows[2]["items"] == ids(shop_corpus, 0, 2, 3)
-    assert rows[0]["titles"] == [shop_corpus.item_text(item).title for item in (1, 3, 4)]
+    assert rows[0]["titles"] == [title_text(shop_corpus, item) for item in (1, 3, 4)]
     assert rows[0]["scores"] == [-1, -3, -4]
     counts = shop_corpus.training_popularity
     best = sorted(range(60), key=lambda item: -counts[item])[:3]

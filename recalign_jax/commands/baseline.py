@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     families = [args.family] if args.family else [family for family in method.families if family != "rating_random"]
     if families[0] not in method.families:
         raise InputError(f"{args.method} doesn't answer {families[0]}; it answers {' and '.join(method.families)}.")
+    folder = report.output_folder(args.output_dir)
     corpus = load_corpus(args.corpus, args.data_dir)
     evaluation = EvaluationOptions()
     if args.max_users is not None:
@@ -76,20 +77,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     told = {"method": args.method, "corpus": corpus.name, "tasks": tasks, "split": args.split}
     of_candidates = {"test_negatives": NUM_TEST_NEGATIVES, "candidate_seed": ranking.CANDIDATE_SEED}
     told["options"] = {"filter_history": evaluation.filter_history} | of_candidates
-    if issubclass(method.options, FitOptions):
-        answers, of_training = _trained(args, method, corpus, families[0])
+    options = method.options()
+    told["method_options"] = dataclasses.asdict(options)
+    if isinstance(options, FitOptions):
+        answers, of_training = _trained(args, method, options, corpus, families[0])
         told |= of_training
     elif args.model_dir:
         raise InputError(f"--model_dir: {args.method} is counted, not trained; nothing would stand there.")
     else:
-        answers = method.make(corpus, method.options())
+        answers = method.make(corpus, options)
 
     def found() -> Iterator[tuple[str, Result]]:
         for family in families:
             title = f"{family}, {corpus.name}, {args.split} split, {args.method}"
             yield title, evaluate(corpus, family, answers, args.split, evaluation)
 
-    told = report.publish(found(), corpus, told, args.output_dir)
+    told = report.publish(found(), corpus, told, folder)
     if args.output_dir:
         terminal.next_step("recalign", "report", "--runs", args.output_dir, "--output", "report.html")
     else:
@@ -97,9 +100,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return told
 
 
-def _trained(args: argparse.Namespace, method: Method, corpus: Corpus, family: str) -> tuple[Any, dict[str, Any]]:
+def _trained(
+    args: argparse.Namespace, method: Method, options: Any, corpus: Corpus, family: str
+) -> tuple[Any, dict[str, Any]]:
     """What `method.make` gives, and what to tell of its training."""
-    options = method.options()
     identity = {"method": args.method, "seed": args.seed, f"corpus {corpus.name}": corpus.fingerprint}
     for name, value in dataclasses.asdict(options).items():
         if name not in MAY_CHANGE:

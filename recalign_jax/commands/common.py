@@ -24,7 +24,11 @@ from seqio_tasks.vocabulary import embedding_rows
 
 # The families that recommend; the others help to learn it.
 EVALUATED = ("retrieval", "ranking", "rating", "rating_random")
-ALL_SHOWN = "prompts_with_all_candidates"  # their share: a prompt can be too short for all that are scored
+# Shares of prompts of ranking, which can be too short, and what they have room for. Candidates go before history.
+SHARES_SHOWN = {
+    "prompts_with_all_candidates": "all candidates (all are scored)",
+    "prompts_with_whole_history": "the whole history beside them",
+}
 # What prompts look like: a checkpoint that was trained with others answers worse.
 PROMPT_SETTINGS = ("HISTORY_LENGTH", "MAX_ITEM_TOKENS", "ITEM_FIELDS", "NEIGHBOURS", "RATING_HISTORY")
 
@@ -122,11 +126,11 @@ def make_evaluation(
     candidates = ranking.candidates(corpus, split, queries, negatives, seed)
     limit = decoding.max_input_tokens
     pairs = zip(queries, (row[row >= 0] for row in candidates), strict=True)
-    shown = [samples.shows_all(spec, query, items, limit) for query, items in pairs]
+    shown = np.mean([samples.shows(spec, query, items, limit) for query, items in pairs], axis=0)
 
     def evaluate(params: Any) -> Result:
         result = ranking.evaluate(corpus, score(params), queries, candidates)
-        return dataclasses.replace(result, overall={ALL_SHOWN: float(np.mean(shown))})
+        return dataclasses.replace(result, overall=dict(zip(SHARES_SHOWN, shown.tolist(), strict=True)))
 
     return evaluate
 

@@ -9,7 +9,7 @@ from typing import Any
 import gin
 
 from recalign_jax import gin_config, terminal
-from recalign_jax.commands.common import ALL_SHOWN, EVALUATED, load_model, make_evaluation
+from recalign_jax.commands.common import EVALUATED, SHARES_SHOWN, load_model, make_evaluation
 from recalign_jax.corpus.corpus import load_corpus
 from recalign_jax.errors import InputError
 from recalign_jax.evaluation import report, results
@@ -68,22 +68,23 @@ def eval_command(
     checkpoint_path = gin_config.required("CHECKPOINT_PATH", checkpoint_path, "DIR")
     vocabulary = vocabularies.find(gin_config.required("VOCABULARY", vocabulary, "PATH"), data_dir)
     results.check_split(split)
+    folder = report.output_folder(None if output_dir is None else str(output_dir))  # it may be called 2024
     tasks = evaluated(task_name, vocabulary, data_dir)
     model = load_model(tasks[0], checkpoint_path, mesh, "EVAL_BATCH_SIZE")
 
     def found() -> Iterator[tuple[str, Result]]:
         for spec in tasks:
             result = make_evaluation(spec, split, model.graphdef, model.mesh, model.model_dir)(model.params)
-            if result.overall.get(ALL_SHOWN, 1) < 1:
-                terminal.warn("Not every prompt has room for all candidates; all are scored. See MAX_INPUT_TOKENS.")
+            for share, told in SHARES_SHOWN.items():
+                if (of_prompts := result.overall.get(share, 1)) < 1:
+                    terminal.warn(f"{of_prompts:.0%} of the prompts have room for {told}. See MAX_INPUT_TOKENS.")
             yield f"{spec.name}, {split} split, step {model.step}", result
 
     given = (results.EvaluationOptions(), DecodingOptions(), TaskOptions())
     options = {name: value for one in given for name, value in dataclasses.asdict(one).items()}
     about = {"corpus": tasks[0].corpus.name, "tasks": [spec.name for spec in tasks], "split": split, "step": model.step}
     about |= {"model_dir": model.model_dir, "options": {name: options[name] for name in TOLD_OPTIONS}}
-    place = None if output_dir is None else str(output_dir)  # a folder may be called 2024
-    told = report.publish(found(), tasks[0].corpus, about, place)
+    told = report.publish(found(), tasks[0].corpus, about, folder)
     families = [spec.family for spec in tasks]
     users = results.EvaluationOptions().max_users
     terminal.say(f"Next to it: {baseline_command(tasks[0].corpus.name, families, split, data_dir, users)}")

@@ -7,6 +7,7 @@ from typing import Any
 from recalign_jax import files, terminal
 from recalign_jax.corpus.corpus import VOCABULARIES, data_dir_or_default, load_corpus
 from recalign_jax.corpus.vocab import corpus_text, train_vocabulary
+from recalign_jax.errors import InputError
 from seqio_tasks import prompts
 
 
@@ -14,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the command."""
     parser.add_argument("--corpus", required=True, metavar="NAME", help="name of a prepared corpus")
     parser.add_argument("--size", required=True, type=int, metavar="N", help="number of pieces")
+    parser.add_argument("--overwrite", action="store_true", help="replace another vocabulary of that name")
     parser.add_argument(
         "--output", metavar="PATH", help=f"the model to write (default: DATA_DIR/{VOCABULARIES}/NAME_N.model)"
     )
@@ -26,6 +28,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     path = pathlib.Path(args.output).expanduser() if args.output else default
     terminal.say(f"Training a vocabulary of {args.size:,} pieces on {corpus.num_items:,} items ...")
     model = train_vocabulary([*corpus_text(corpus)], args.size, prompts.literals())
+    if path.exists() and path.read_bytes() != model and not args.overwrite:
+        raise InputError(
+            f"{path} is another vocabulary, which models may have been trained with. Give another --output, or replace "
+            "it with --overwrite."
+        )
     with files.atomic_file(path) as aside:
         aside.write_bytes(model)
     terminal.say(f"Written to {path}.")

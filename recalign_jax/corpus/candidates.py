@@ -60,7 +60,8 @@ def negatives(
     found: list[int] = []
     # A small category soon has no more to give.
     rounds = [draw for draw in dict.fromkeys((NEGATIVES[kind], _uniform)) for _ in range(_MAX_ROUNDS)]
-    if corpus.num_items - len(taken) > 4 * count:
+    # Uniform ones of a small corpus are drawn from what is left, below.
+    if kind != "uniform" or corpus.num_items - len(taken) > 4 * count:
         for draw in rounds:
             for item in draw(corpus, positive, 2 * (count - len(found)), random).tolist():
                 if item not in taken and len(found) < count:

@@ -10,7 +10,6 @@ extension, unless that one has it too.
 import dataclasses
 import pathlib
 import shutil
-import tempfile
 
 from recalign_jax import files
 from recalign_jax.corpus import datasets, prepare, storage
@@ -43,15 +42,15 @@ def extend(
       The counts of this folder alone; `users`, `items` and `interactions` are how many came in.
 
     Raises:
-      InputError: for bad options or data; then the corpus stays as it was.
+      InputError: for bad options or data, and when another command replaced the corpus meanwhile; then it stays as it
+        was.
     """
     corpus = load_corpus(directory.name, directory.parent)
     before, texts = _read(corpus)
     of_the_corpus = {name: corpus.metadata["options"][name] for name in OF_THE_CORPUS}
     options = dataclasses.replace(options, **of_the_corpus)
     earlier = corpus.metadata.get("extensions", [])
-    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as name:
-        scratch = pathlib.Path(name)
+    with files.scratch_directory(directory) as scratch:
         with (
             rejects.Rejects(options.on_error, scratch / "rejected.jsonl") as reject,
             prepare.open_source(input_dir, options, beam_options, scratch) as (source, reader),
@@ -76,6 +75,7 @@ def extend(
         with files.atomic_directory(directory) as aside:
             _append([directory / "rejected.jsonl", scratch / "rejected.jsonl"], aside / "rejected.jsonl")
             storage.write(aside, metadata, assembled.sequences, assembled.texts)
+            corpus.check_not_replaced()  # by another extension, which this one knows nothing of
     return counts
 
 

@@ -34,18 +34,25 @@ def write(directory: pathlib.Path, metadata: Mapping[str, Any], sequences: Seque
       metadata: what `corpus.json` holds besides the fingerprint and the format version.
       sequences: the numbered interactions.
       texts: the text of each item, [I].
+
+    Raises:
+      RunError: when it can't be written.
     """
     arrays = {"user_offsets": sequences.offsets, "items": sequences.items, "timestamps": sequences.timestamps}
     if sequences.ratings is not None:
         arrays["ratings"] = sequences.ratings
-    (directory / "arrays").mkdir()
-    for name, values in arrays.items():
-        np.save(directory / "arrays" / f"{name}.npy", values)
-    datasets.write_items(directory / "items", metadata["name"], sequences.item_ids, texts)
-    datasets.write_users(directory / "users", metadata["name"], sequences)
     fingerprint = _fingerprint(arrays, sequences.item_ids, texts)
     complete = {**metadata, "fingerprint": fingerprint, "format_version": FORMAT_VERSION}
-    (directory / "corpus.json").write_text(json.dumps(complete, indent=2) + "\n", encoding="utf-8")
+    try:
+        (directory / "arrays").mkdir()
+        for name, values in arrays.items():
+            np.save(directory / "arrays" / f"{name}.npy", values)
+        datasets.write_items(directory / "items", metadata["name"], sequences.item_ids, texts)
+        datasets.write_users(directory / "users", metadata["name"], sequences)
+        (directory / "corpus.json").write_text(json.dumps(complete, indent=2) + "\n", encoding="utf-8")
+    except (OSError, RuntimeError) as error:  # array_record has the latter for all that the system says
+        reason = str(error).split(";")[0]
+        raise errors.RunError(f"{directory} can't be written ({reason}). See that there is room.") from error
     return fingerprint
 
 

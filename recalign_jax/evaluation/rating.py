@@ -61,6 +61,7 @@ def evaluate(corpus: Corpus, predict: PredictRatings, queries: Sequence[RatedQue
             "_argmax": results.ordered(metrics.rating_values(likely, ratings), METRICS),
         },
         main=METRICS,
+        rows_of="ratings" if family == "rating_random" else "users",
     )
 
 

@@ -14,10 +14,11 @@ from recalign_jax.corpus.corpus import Corpus
 from recalign_jax.evaluation import results
 from recalign_jax.evaluation.results import Result
 from recalign_jax.evaluation.slices import slices
-from recalign_jax.files import atomic_file
+from recalign_jax.files import atomic_file, local_folder
 from recalign_jax.metrics import Estimate
 
 EVALUATION_FILE = "metrics.json"
+FAMILIES = ("retrieval", "ranking", "rating")
 # Columns of a table, by what ends the names of the metrics in them.
 COLUMNS = {"": "value", "_unfiltered": "unfiltered", "_argmax": "most likely"}
 
@@ -49,8 +50,20 @@ def logged(result: Result) -> Iterator[tuple[str, float]]:
     yield "users", len(result)
 
 
+def output_folder(output_dir: str | None) -> pathlib.Path | None:
+    """Makes the folder that `publish` writes to: to be called first, as a path that can't be shall cost no evaluation.
+
+    Returns None where nothing is to be written, as in all processes but the first. Raises InputError, and OSError.
+    """
+    if output_dir is None or jax.process_index() > 0:
+        return None
+    folder = local_folder("OUTPUT_DIR", output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def publish(
-    found: Iterable[tuple[str, Result]], corpus: Corpus, about: dict[str, Any], output_dir: str | None
+    found: Iterable[tuple[str, Result]], corpus: Corpus, about: dict[str, Any], folder: pathlib.Path | None
 ) -> dict[str, Any]:
     """Tells results as they come.
 
@@ -58,16 +71,19 @@ def publish(
       found: each result with a title.
       corpus: what they are of.
       about: what else to say in the JSON.
-      output_dir: gets `FAMILY.parquet` of every result, and `metrics.json`, from the first process; None for neither.
+      folder: from `output_folder`; gets `FAMILY.parquet` of every result, and then `metrics.json`. Those of an earlier
+        evaluation go when the first result is there, so that a killed one leaves no mixture of both.
 
     Returns:
       Summaries by family, `about`, and the corpus's `fingerprint`.
     """
     told: dict[str, Any] = {}
-    folder = pathlib.Path(output_dir) if output_dir is not None and jax.process_index() == 0 else None
     for title, result in found:
+        if folder is not None and not told:
+            for name in (EVALUATION_FILE, *(f"{family}.parquet" for family in FAMILIES)):
+                (folder / name).unlink(missing_ok=True)
         told[result.family] = summary(result)
-        show(title, told[result.family], "ratings" if result.family == "rating_random" else "users")
+        show(title, told[result.family], result.rows_of)
         if folder is not None:
             write_users(result, corpus, folder / f"{result.family}.parquet")
     told |= about | {"fingerprint": corpus.fingerprint}
@@ -77,8 +93,8 @@ def publish(
     return told
 
 
-def show(title: str, summary: dict[str, Any], queries: str = "users") -> None:
-    """Prints a summary: a table of all metrics, and one of the slices; `queries` says what there is a row of each."""
+def show(title: str, summary: dict[str, Any], rows_of: str = "users") -> None:
+    """Prints a summary: a table of all metrics, and one of the slices; `rows_of` says what there is a row of each."""
     terminal.say(title)
     intervals = summary["intervals"]
     endings = [ending for ending in COLUMNS if any(name.endswith(ending) for name in intervals)]
@@ -91,14 +107,14 @@ def show(title: str, summary: dict[str, Any], queries: str = "users") -> None:
     empty = [""] * (2 * len(endings) - 1)
     rows += [[name, f"{summary[name]:.4f}", *empty] for name in overall if summary[name] is not None]
     header = ["", *(cell for ending in endings for cell in (COLUMNS[ending], "95 % interval"))]
-    terminal.table(f"All {summary['users']} {queries}", header, rows)
+    terminal.table(f"All {summary['users']} {rows_of}", header, rows)
     parts = [(fact, name, part) for fact, by_name in summary["slices"].items() for name, part in by_name.items()]
     rows = [
         [f"{fact.replace('_', ' ')} {name}", str(part["users"])]
         + [" ".join(_cells(part, metric)) for metric in part["intervals"]]
         for fact, name, part in parts
     ]
-    terminal.table("By users", ["", queries, *parts[0][2]["intervals"]], rows)
+    terminal.table(f"By {rows_of}", ["", rows_of, *parts[0][2]["intervals"]], rows)
 
 
 def _cells(summary: dict[str, Any], name: str) -> tuple[str, str]:

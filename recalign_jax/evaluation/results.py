@@ -55,6 +55,7 @@ class Result:
       values: metrics by what ends their names, as "_unfiltered", and by name; float32 [N] each.
       main: the metrics that slices show, of `values[""]`.
       overall: numbers that are of all rows together, and not a mean over them.
+      rows_of: what there is a row of each.
     """
 
     family: str
@@ -62,6 +63,7 @@ class Result:
     values: dict[str, dict[str, Any]]
     main: tuple[str, ...]
     overall: dict[str, float] = dataclasses.field(default_factory=dict)
+    rows_of: str = "users"
 
     def __len__(self) -> int:
         return len(self.facts["user"])

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from recalign_jax.corpus.catalog import title_text
 from recalign_jax.corpus.corpus import Corpus
 from recalign_jax.decoding.retrieve import padded, power_of_two
 from recalign_jax.inference.rows import Request
@@ -152,7 +153,7 @@ def _row(corpus: Corpus, request: Request, given: Answer, ratings: np.ndarray | 
     row = {
         "user": request.user,
         "items": [corpus.item_source_id(item) for item in given.items],
-        "titles": [corpus.item_text(item).title for item in given.items],
+        "titles": [title_text(corpus, int(item)) for item in given.items],
         "scores": _rounded(given.scores),
     }
     if ratings is not None:

@@ -11,7 +11,7 @@ A list is a list, or one cell with `|` between, or with a JSON list.
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +24,8 @@ from recalign_jax.corpus.sources import reading
 from seqio_tasks.examples import Query
 
 MAX_CANDIDATES = 512
-_NAMES = {"user": ("user", "user_id"), "items": ("items", "history")}
+_TITLES = "titles"
+_USERS, _HISTORIES = ("user", "user_id"), ("items", "history", _TITLES)
 
 
 class Request(NamedTuple):
@@ -55,10 +56,10 @@ class Needs(NamedTuple):
 
 def request_of(corpus: Corpus, needs: Needs, row: reading.Row) -> Request:
     """The request of a row, by column names. Raises RowError where it can't be used."""
-    user = records.identifier(_cell(row, "user"), "user")
-    # An empty cell of CSV is empty text, not None.
-    by_title = all(row.get(name) in (None, "") for name in _NAMES["items"]) and row.get("titles") not in (None, "")
-    numbers, name_of = (_by_title(corpus), _title) if by_title else (corpus.item_numbers, _id)
+    user = records.identifier(records.get(row, _column(row, _USERS)), "user")
+    column = _column(row, _HISTORIES)
+    by_title = column == _TITLES
+    numbers, name_of = (_by_title(corpus), _title) if by_title else (corpus.item_numbers, records.identifier)
     unknown: list[str] = []
 
     def resolved(cell: Any, column: str) -> list[int]:
@@ -67,8 +68,7 @@ def request_of(corpus: Corpus, needs: Needs, row: reading.Row) -> Request:
         unknown.extend(str(value).strip() for value, number in zip(values, found, strict=True) if number < 0)
         return found
 
-    column = "titles" if by_title else "items"
-    history = np.asarray(resolved(_cell(row, column), column), np.int32)
+    history = np.asarray(resolved(records.get(row, column), column if by_title else _HISTORIES[0]), np.int32)
     ratings = _ratings(row, len(history), needs.ratings)
     candidates = np.zeros(0, np.int32)
     if needs.candidates:
@@ -86,13 +86,19 @@ def request_of(corpus: Corpus, needs: Needs, row: reading.Row) -> Request:
     return Request(user, Query(-1, history[known], -1), ratings, candidates, tuple(unknown))
 
 
-def _cell(row: reading.Row, column: str) -> Any:
-    names = _NAMES.get(column, (column,))
-    return records.get(row, next((name for name in names if name in row), names[0]))
+def _column(row: reading.Row, names: Sequence[str]) -> str:
+    """The first of the columns whose cell isn't empty, else the first that there is, else the first."""
+    filled = (name for name in names if not _is_empty(row.get(name)))
+    return next(filled, next((name for name in names if name in row), names[0]))
+
+
+def _is_empty(cell: Any) -> bool:
+    """An empty cell of CSV is empty text, not None; an empty list of Parquet or JSON is one of these."""
+    return cell is None or not (cell.strip() if isinstance(cell, str) else not isinstance(cell, Sized) or len(cell))
 
 
 def _list(value: Any, column: str) -> Sequence[Any]:
-    if value is None or value == "":
+    if _is_empty(value):
         return ()
     if isinstance(value, str):
         value = value.strip()
@@ -105,13 +111,11 @@ def _list(value: Any, column: str) -> Sequence[Any]:
     return value
 
 
-def _id(value: Any, column: str) -> str:
-    """As text; 7.0, as some programs write whole numbers of columns with gaps, is 7."""
-    return records.identifier(int(value) if isinstance(value, float) and value.is_integer() else value, column)
-
-
 def _title(value: Any, column: str) -> str:
-    return records.text(value, column).casefold()
+    title = records.text(value, column)
+    if not title:
+        raise RowError(f"{column} is empty")
+    return title.casefold()
 
 
 def _ratings(row: reading.Row, count: int, needed: bool) -> np.ndarray | None:
