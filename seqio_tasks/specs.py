@@ -9,7 +9,7 @@ import gin
 
 from recalign_jax import terminal
 from recalign_jax.corpus.candidates import NEGATIVES, NUM_TEST_NEGATIVES
-from recalign_jax.corpus.catalog import FIELDS, Catalog, Pieces, build_catalog, item_pieces
+from recalign_jax.corpus.catalog import FIELDS, MAX_ITEM_TOKENS, Catalog, Pieces, build_catalog, item_pieces
 from recalign_jax.corpus.corpus import Corpus, load_corpus
 from recalign_jax.errors import InputError, check_kinds, did_you_mean
 from seqio_tasks import ambiguity, prompts, vocabulary
@@ -51,7 +51,7 @@ class TaskOptions:
 
     history_length: int = 20
     prefix_augmentation: bool = True
-    max_item_tokens: int = 48
+    max_item_tokens: int = MAX_ITEM_TOKENS
     item_fields: Sequence[str] = ()
     neighbours: int = 0
     mim_mask_rate: float = 0.2

@@ -366,7 +366,7 @@ def test_training_needs_no_tensorflow(small):
 
 
 @pytest.mark.parametrize(
-    "name", ["Beauty", "a-b", "", "a/b", "..", "x_retrieval", "x_semantic_id", "x_all", "vocabularies", "downloads"]
+    "name", ["Beauty", "a-b", "", "a/b", "..", "x_retrieval", "x_all", "vocabularies", "downloads"]
 )
 def test_names_that_cannot_be_a_corpus(name, tmp_path):
     with pytest.raises(InputError, match="cannot be a corpus"):

@@ -29,7 +29,7 @@ def held_out_candidates(
       corpus: the corpus.
       split: "validation" or "test".
       user: one of `corpus.evaluation_users`.
-      target: the held-out item; in a rating split any item of the user.
+      target: the held-out item.
       count: fewer are returned where the user has met nearly all items.
       seed: of the candidates; another thing than the seed of a run.
     """

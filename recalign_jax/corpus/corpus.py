@@ -19,7 +19,7 @@ from recalign_jax.corpus.records import Item, ItemText
 # A task is named CORPUS_TASK[_FORMAT], so no name of a corpus may end like one.
 _RESERVED_SUFFIXES = (
     *("_retrieval", "_ranking", "_rating", "_mim", "_mlm", "_bpr", "_aligned", "_all"),
-    *("_title", "_id", "_token", "_semantic_id", "_random"),
+    *("_title", "_id", "_token", "_random"),
 )
 # Folders of the data directory that aren't corpora.
 VOCABULARIES = "vocabularies"
