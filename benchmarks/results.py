@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--records", type=pathlib.Path, default=RECORDS, help="what is kept, of one split")
     parser.add_argument("--output", type=pathlib.Path, default=study.ROOT / "docs" / "results.md")
     args = parser.parse_args()
-    keep(args.runs, args.baselines, args.split, args.records)
+    kept = keep(args.runs, args.baselines, args.split, args.records)
     found = study_records.read(args.records, known_rows())
     judged = study_verdicts.judge_all(claims(), found, study_verdicts.read_judged(args.records))
     study_verdicts.write_judged(judged, args.records)
@@ -52,7 +52,7 @@ def main() -> None:
             aside.write_bytes(content)
     with atomic_file(args.output) as aside:
         aside.write_text(page, encoding="utf-8")
-    print(json.dumps({"output": str(args.output), "figures": sorted(drawn)}))
+    print(json.dumps({"output": str(args.output), "figures": sorted(drawn), **kept}))
 
 
 # Keeping.
@@ -63,8 +63,11 @@ def known_rows() -> list[str]:
     return list(dict.fromkeys([*study.ROWS, *(name for table in tables() for name in table.baselines)]))
 
 
-def keep(runs: pathlib.Path | None, conventional: pathlib.Path | None, split: str, records: pathlib.Path) -> None:
-    """Keeps all finished runs of two folders."""
+def keep(
+    runs: pathlib.Path | None, conventional: pathlib.Path | None, split: str, records: pathlib.Path
+) -> dict[str, list[str]]:
+    """Keeps all finished runs of two folders; returns which are `kept` for the first time, and which `replaced`."""
+    told: dict[str, list[str]] = {"kept": [], "replaced": []}
     for name in known_rows():
         is_baseline = "/" in name
         folder = conventional and conventional / split / name if is_baseline else runs and runs / name
@@ -73,11 +76,14 @@ def keep(runs: pathlib.Path | None, conventional: pathlib.Path | None, split: st
             if not (evaluated / EVALUATION_FILE).is_file():
                 continue
             source = evaluated / EVALUATION_FILE if is_baseline else seed / study.RECORD
-            told = json.loads(source.read_text(encoding="utf-8"))
+            ran = json.loads(source.read_text(encoding="utf-8"))
             kept = {"seconds": "training_seconds"} if is_baseline else {part: part for part in KEPT}
             about = {"row": name, "seed": int(seed.name), "split": split}
-            about |= {part: told[source] for part, source in kept.items() if source in told}
+            about |= {part: ran[source] for part, source in kept.items() if source in ran}
+            known = (records / name / f"{seed.name}.json").exists()
             study_records.keep(evaluated, about, records)
+            told["replaced" if known else "kept"].append(f"{name}/{seed.name}")
+    return told
 
 
 def _seeds(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -377,7 +377,11 @@ def test_the_page_has_the_numbers_of_the_folders(folders, monkeypatch, capsys):
     folder, told = folders
     arguments = ["--runs", str(folder / "runs"), "--baselines", str(folder / "baselines")]
     page = write_page(folder, monkeypatch, *arguments)
-    assert json.loads(capsys.readouterr().out)["figures"] == ["choices_on_beauty.svg", "retrieval_on_beauty.svg"]
+    said = json.loads(capsys.readouterr().out)
+    assert said["figures"] == ["choices_on_beauty.svg", "retrieval_on_beauty.svg"]
+    assert ("beauty_token_retrieval/0" in said["kept"], said["replaced"]) == (True, [])
+    assert write_page(folder, monkeypatch, *arguments) == page
+    assert json.loads(capsys.readouterr().out) == said | {"kept": [], "replaced": said["kept"]}
     # The records are enough.
     shutil.rmtree(folder / "runs")
     assert write_page(folder, monkeypatch) == page
