@@ -41,8 +41,9 @@ class Preempted(RecalignError):
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """Returns ` Did you mean 'x'?` for the known name nearest to `name` (gin hands anything), or an empty string."""
-    nearest = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f" Did you mean {nearest[0]!r}?" if nearest else ""
+    by_folded = {one.casefold(): one for one in known}
+    nearest = difflib.get_close_matches(str(name).casefold(), by_folded, n=1, cutoff=0.5)
+    return f" Did you mean {by_folded[nearest[0]]!r}?" if nearest else ""
 
 
 def check_choice(name: str, value: str, known: Iterable[str]) -> None:

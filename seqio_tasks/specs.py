@@ -211,7 +211,7 @@ def task_spec(name: str, vocabulary_path: str, data_dir: str | pathlib.Path | No
     """
     parts = split_name(name, data_dir)
     if len(parts.corpora) > 1 or parts.base in MIXTURES:
-        fitting = parts.of(parts.corpora[0], "retrieval")
+        fitting = parts.of(parts.corpora[0], MIXTURES.get(parts.base, (parts.base,))[0])
         raise InputError(f"{name!r} is a mixture; a single task is needed here, as {fitting!r}.")
     [corpus] = parts.corpora
     words = vocabulary.load(vocabulary_path)

@@ -87,6 +87,10 @@ def test_sizes_that_cannot_be(data_dir):
         call(vocab_command, data_dir, "--corpus", "movielens_100k", "--size", "90000")
     largest = str(caught.value).split()[-1].rstrip(".")
     assert call(vocab_command, data_dir, "--corpus", "movielens_100k", "--size", largest)["size"] == int(largest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vocab_command, "DEFAULT_SIZE", 90000)
+        found = call(vocab_command, data_dir, "--corpus", "movielens_100k")
+    assert found == {"path": str(data_dir / "vocabularies" / f"movielens_100k_{largest}.model"), "size": int(largest)}
     for size in ("20", "1", "0", "-5"):
         with pytest.raises(InputError, match=size):
             call(vocab_command, data_dir, "--corpus", "movielens_100k", "--size", size)

@@ -105,11 +105,16 @@ def test_prompts_are_those_of_the_held_out_samples(make_spec, limit, wording):
                 np.testing.assert_array_equal(samples.write_rating(spec, query, limit), expected)
 
 
-def test_candidates_are_those_of_the_task(make_spec):
+def test_candidates_are_those_of_the_task(make_spec, capsys):
     """All of them, also where the corpus has no hundred items to choose from."""
     spec = make_spec("ranking", candidate_seed=3)
     queries = retrieval.evaluation_queries(spec.corpus, "test", ALL)
     found = ranking.candidates(spec.corpus, "test", queries, seed=3)
+    sizes = [(row >= 0).sum() for row in found]
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"shop has 60 items, so users have {min(sizes)} to {max(sizes)} candidates, not 100" in said
+    ranking.candidates(spec.corpus, "test", queries, min(sizes) - 1)
+    assert "candidates" not in capsys.readouterr().err
     words = spec.vocabulary
     for query, row in zip(queries, found, strict=True):
         items = row[row >= 0]

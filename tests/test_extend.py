@@ -329,6 +329,18 @@ def test_items_alone_can_join(small):
     assert np.array_equal(after.items, small.items)
 
 
+def test_columns_that_no_prompt_shows_are_no_text(tmp_path, capsys):
+    """A corpus whose column of titles wasn't named can be given them."""
+    items = [{"item_id": item, "name": f"Name of {item}", "year": "1999"} for item in ("x", "y", "z")]
+    small = prepared("tables", write_tables(tmp_path / "raw", FIRST, items), tmp_path, "small")
+    assert "3 of 3 items have no text" in capsys.readouterr().err
+    after, result = extended(small, [], items, "--title_column", "name")
+    assert (result["items_added"], after.metadata["extensions"][0]["counts"]["items_given_text"]) == (0, 3)
+    number = after.item_numbers["y"]
+    assert after.item_text(number).title == "Name of y"
+    assert after.item_text(number).extra == {"name": "Name of y", "year": "1999"}
+
+
 def test_bad_rows_of_all_extensions_are_kept(small):
     for corpus, bad in ((small, "one"), (small, "two")):
         _, result = extended(corpus, [("ann", bad, 1), ("ann", f"{bad}!", "never")], (), "--on_error", "skip")

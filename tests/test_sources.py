@@ -328,6 +328,8 @@ def test_parquet_rows_that_are_not_utf8(tmp_path):
             r"line 1: no column 'item_id' \(found: user_id, timestamp\)",
         ),
         ("interactions.tsv", "user_id\titem_ids\ttimestamp\n", r"Did you mean 'item_ids'\?"),
+        ("interactions.tsv", "User_ID\titem_id\ttimestamp\n", r"Did you mean 'User_ID'\?"),
+        ("interactions.tsv", "zz\titem_id\ttimestamp\n", r"no column 'user_id' \(found: zz, item_id, timestamp\)\.$"),
         ("interactions.csv", "user_id,item_id,timestamp,user_id\n", "two columns have the same name"),
         ("interactions.tsv", "", "is empty. Its first line must name the columns: user_id, item_id, timestamp"),
         ("interactions.tsv", b"\xff\xfeu\n", "line 1: not UTF-8"),

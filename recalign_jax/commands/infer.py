@@ -233,7 +233,10 @@ def _tell(results: pathlib.Path, output_dir: pathlib.Path, counts: dict[str, int
     if counts["unknown_items"]:
         terminal.warn(f"{counts['unknown_items']} items are not in the catalogue: see unknown_items there.")
     if counts["without_history"]:
-        terminal.say(f"{counts['without_history']} users have no history: their items stand by popularity.")
+        terminal.say(
+            f"{counts['without_history']} users have no history, or none that the catalogue knows: their items "
+            "stand by popularity."
+        )
     if counts["rejected"]:
         terminal.warn(f"{counts['rejected']} rows could not be used: {output_dir / chunks.REJECTED_FILE}")
     if results.suffix == ".jsonl":

@@ -71,7 +71,7 @@ def _vocabulary(args: argparse.Namespace) -> str:
     trained = sorted(of_corpus, key=lambda path: path.stat().st_mtime)
     if not trained:
         raise InputError(
-            f"--task needs a vocabulary: --vocabulary PATH, or recalign vocab --corpus {args.corpus} --size 1000 first."
+            f"--task needs a vocabulary: --vocabulary PATH, or recalign vocab --corpus {args.corpus} first."
         )
     return str(trained[-1])
 
@@ -82,7 +82,7 @@ def _show_statistics(corpus: Corpus) -> dict[str, Any]:
     rows = [(key, value) for key, value in numbers.items() if key not in nested]
     rows += [(f"{key}: {name}", value) for key, part in nested.items() for name, value in part.items()]
     terminal.table(f"Corpus {corpus.name}", ["", "value"], [(key.replace("_", " "), _shown(n)) for key, n in rows])
-    terminal.say(f"Next: recalign vocab --corpus {corpus.name} --size 1000, or recalign train with T5's vocabulary")
+    terminal.say(f"Next: recalign vocab --corpus {corpus.name}, or recalign train with T5's vocabulary")
     return numbers
 
 

@@ -115,8 +115,8 @@ def _advise(counts: dict[str, int], extended: bool) -> None:
         read, rejected = counts[f"{what}_read"], counts[f"{what}_rejected"]
         if rejected > MANY_REJECTED * read:
             terminal.warn(
-                f"{rejected:,} of {read:,} {what} were bad rows and are left out: rejected.jsonl says why. (A "
-                "first row decides which columns there are; --rating_column and others name them.)"
+                f"{rejected:,} of {read:,} {what} were bad rows and are left out: rejected.jsonl says why. (Where it "
+                "says that a column isn't there: the first row decides which are; --rating_column etc. name them.)"
             )
     if extended:
         if dropped := counts["interactions_dropped_by_k_core"]:
@@ -128,7 +128,8 @@ def _advise(counts: dict[str, int], extended: bool) -> None:
     if 2 * counts["items_without_text"] >= counts["items"] - counts["items_never_met"] > 0:
         terminal.warn(
             f"{counts['items_without_text']:,} of {counts['items']:,} items have no text. If they should, see that ids "
-            "are written in the same way in both tables (not 1.0 and 1)."
+            "are written in the same way in both tables (not 1.0 and 1), and name the columns: --title_column, "
+            "--categories_column, --brand_column."
         )
     if 2 * counts["items_never_met"] > counts["items"]:
         terminal.warn(

@@ -1,5 +1,6 @@
 """The one way from raw records to a corpus, whoever parsed them and whatever was there before."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ class Assembled(NamedTuple):
             "users": len(self.sequences.user_ids),
             "items": len(self.sequences.item_ids),
             "items_never_met": int((occurrences == 0).sum()),
-            "items_without_text": sum(text == _NO_TEXT for text in self.texts),
+            "items_without_text": sum(text.is_empty for text in self.texts),
         }
 
 
@@ -121,8 +122,8 @@ def _join_items(
     if known:
         counts |= {"items_known": 0, "items_given_text": 0}
     for item_id, text in items:
-        if item_id in known and texts[known[item_id]] == _NO_TEXT != text:
-            texts[known[item_id]] = text
+        if item_id in known and texts[known[item_id]].is_empty and not text.is_empty:
+            texts[known[item_id]] = dataclasses.replace(text, extra={**texts[known[item_id]].extra, **text.extra})
             counts["items_given_text"] += 1
         elif item_id in known:
             counts["items_known"] += 1

@@ -50,6 +50,11 @@ class ItemText:
     price: float | None = None
     extra: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is known that a prompt could show, as it never shows `extra`."""
+        return not (self.title or self.categories or self.brand) and self.price is None
+
 
 class Item(NamedTuple):
     """One row of an items table."""

@@ -26,6 +26,16 @@ def corpus_text(corpus: Corpus) -> Iterator[str]:
         yield from filter(None, (text.title, text.brand, *text.categories))
 
 
+class TooManyPieces(errors.InputError):
+    """The text gives no vocabulary of so many pieces; `largest` is how many it gives."""
+
+    def __init__(self, size: int, largest: int):
+        super().__init__(
+            f"The text gives no vocabulary of {size} pieces. The largest --size that it gives is {largest}."
+        )
+        self.largest = largest
+
+
 def train_vocabulary(texts: Sequence[str], size: int, phrases: Sequence[str] = ()) -> bytes:
     """Returns a serialized SentencePiece unigram model.
 
@@ -35,7 +45,8 @@ def train_vocabulary(texts: Sequence[str], size: int, phrases: Sequence[str] = (
       phrases: as prompts, which stand in every sample: every word of them should become a piece.
 
     Raises:
-      InputError: the size is more than the text can give, or too small for its characters.
+      TooManyPieces: the size is more than the text can give.
+      InputError: it is too small for its characters.
     """
     import sentencepiece
 
@@ -58,13 +69,14 @@ def train_vocabulary(texts: Sequence[str], size: int, phrases: Sequence[str] = (
             minloglevel=2,
         )
     except (RuntimeError, ValueError, OSError) as error:
-        raise errors.InputError(_reason(str(error), size)) from None
+        raise _explained(str(error), size) from None
     return model.getvalue()
 
 
-def _reason(message: str, size: int) -> str:
+def _explained(message: str, size: int) -> errors.InputError:
     if too_high := re.search(r"Vocabulary size too high.*<= (\d+)", message):
-        return f"The text gives no vocabulary of {size} pieces. The largest --size that it gives is {too_high[1]}."
+        return TooManyPieces(size, int(too_high[1]))
     if too_small := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return f"--size {size} is too small: the characters of the text alone take {too_small[1]} pieces."
-    return f"SentencePiece cannot train a vocabulary of {size} pieces: {message}"
+        reason = f"--size {size} is too small: the characters of the text alone take {too_small[1]} pieces."
+        return errors.InputError(reason)
+    return errors.InputError(f"SentencePiece cannot train a vocabulary of {size} pieces: {message}")

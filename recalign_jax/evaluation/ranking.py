@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from recalign_jax import metrics
+from recalign_jax import metrics, terminal
 from recalign_jax.corpus.candidates import NUM_TEST_NEGATIVES, held_out_candidates
 from recalign_jax.corpus.corpus import Corpus
 from recalign_jax.decoding.retrieve import padded
@@ -29,6 +29,12 @@ def candidates(
     C is `negatives` + 1, or less where the corpus has no more; rows of users who met nearly all items end in -1.
     """
     rows = [held_out_candidates(corpus, split, query.user, query.target, negatives, seed) for query in queries]
+    sizes = [*map(len, rows)]
+    if min(sizes) <= negatives:
+        terminal.warn(
+            f"{corpus.name} has {corpus.num_items:,} items, so users have {min(sizes)} to {max(sizes)} candidates, not "
+            f"{negatives + 1}: figures of ranking are higher than they would be with all."
+        )
     return padded(rows, len(rows), max(map(len, rows)), fill=-1)
 
 

@@ -147,7 +147,7 @@ def check_columns(path: pathlib.Path, columns: Sequence[str], required: Sequence
     for column in required:
         if column not in columns:
             found = ", ".join(columns)
-            hint = errors.did_you_mean(column, columns)
+            hint = errors.did_you_mean(column, [one for one in columns if one not in required])
             raise errors.InputError(f"{path}, line 1: no column {column!r} (found: {found}).{hint}")
     if len(set(columns)) < len(columns):
         raise errors.InputError(f"{path}, line 1: two columns have the same name (found: {', '.join(columns)}).")
