@@ -1,4 +1,4 @@
-"""Several processes as one run, by JAX's distributed runtime: how they start, and that they end together.
+"""Several processes as one run, by JAX's distributed runtime: how they start, agree on what is there, and end together.
 
 `start` before the first use of a device, `end` as the last thing. Several processes are asked for by flags: either
 `--coordinator_address --num_processes --process_id`, with a roll call first, or `--distributed` where JAX knows the
@@ -7,18 +7,26 @@ cluster (Cloud TPU, GKE, SLURM, Open MPI).
 
 import argparse
 import contextlib
+import json
 import os
+import pathlib
+import secrets
 import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 from recalign_jax import roll_call, terminal
-from recalign_jax.errors import InputError
+from recalign_jax.errors import InputError, RecalignError, RunError
 
 # A machine that vanishes without closing its connections is missed after this time.
 HEARTBEAT_TIMEOUT_SECONDS = 60
-# How far apart processes may reach the end of a run.
-SHUTDOWN_TIMEOUT_SECONDS = 300
+# How far apart processes may reach the end of a run: at the end of an inference the first one puts all files together,
+# while the others wait. One that is gone is missed earlier.
+SHUTDOWN_TIMEOUT_SECONDS = 24 * 3600
+# How long a file that another machine wrote may take to be seen.
+SEEN_SECONDS = 60.0
 # Within this time the failure of another process is known here, if an error is only its echo.
 ECHO_SECONDS = 2.0
 
@@ -80,6 +88,73 @@ def start(args: argparse.Namespace, saves_on_sigterm: bool = False) -> None:
     _lines.update(roll_call.gather(args.coordinator_address, args.process_id, args.num_processes, args.start_timeout))
     roll_call.watch(_lines, _ended_by_another)
     jax.distributed.initialize(args.coordinator_address, args.num_processes, args.process_id, **limits)
+
+
+def from_first(read: Callable[[], Any]) -> Any:
+    """What process 0 reads, in all processes, which all call this: others may see a folder as it was a while ago.
+
+    Args:
+      read: returns JSON; may raise RecalignError.
+
+    Raises:
+      RecalignError: in all processes, when `read` raises it in the first one.
+    """
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return read()
+    told: dict[str, Any] = {}
+    if jax.process_index() == 0:
+        try:
+            told = {"value": read()}
+        except RecalignError as error:
+            told = {"status": error.exit_status, "message": error.message}
+    content = json.dumps(told).encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    content = multihost_utils.broadcast_one_to_all(np.frombuffer(content[:size].ljust(size), np.uint8)).tobytes()
+    told = json.loads(content)
+    if "status" in told:
+        raise (InputError if told["status"] == InputError.exit_status else RunError)(told["message"])
+    return told["value"]
+
+
+def await_seen(is_seen: Callable[[], bool]) -> bool:
+    """Whether this process sees what another one saw or wrote; waits SEEN_SECONDS for it."""
+    deadline = time.monotonic() + SEEN_SECONDS
+    while not (seen := is_seen()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return seen
+
+
+def check_shared(name: str, folder: pathlib.Path) -> None:
+    """Raises InputError in all processes when one doesn't see what the first one writes to a folder; all call it."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return
+
+    mark = folder / ".seen_by_all"
+
+    def write() -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        written = secrets.token_hex(8)
+        mark.write_text(written)
+        return written
+
+    written = from_first(write)
+    seen = await_seen(lambda: mark.is_file() and mark.read_text() == written)
+    blind = np.flatnonzero(~multihost_utils.process_allgather(np.asarray(seen)))
+    if jax.process_index() == 0:
+        mark.unlink(missing_ok=True)
+    if len(blind):
+        raise InputError(
+            f"{name} {folder}: process {blind[0]} doesn't see what process 0 wrote there. All processes need the same "
+            "folder (NFS, Lustre, ...)."
+        )
 
 
 def end(status: int, message: str = "", together: bool = False) -> int:

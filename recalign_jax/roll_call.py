@@ -77,7 +77,8 @@ def gather(address: str, number: int, of: int, timeout: float) -> dict[int, Line
       Lines to other processes by their numbers: in process 0 to all, in the others to process 0.
 
     Raises:
-      RunError: when some are missing after `timeout`: in every process that is there, and says which.
+      RunError: when some are missing after `timeout`: in every process that is there, and says which; when the host of
+        process 0 has no address by then, as a pod that hasn't come.
       InputError: for a bad address or number, a port in use, and in every process for a number given twice or
         processes that were told different counts.
     """
@@ -99,7 +100,10 @@ def _await_address(host: str, timeout: float) -> None:
         with contextlib.suppress(OSError, UnicodeError):
             socket.getaddrinfo(host, None)
             return
-    raise InputError(f"The host {host!r} of --coordinator_address has no address (tried for {timeout:g} s).")
+    raise RunError(
+        f"The host {host!r} of --coordinator_address has no address (tried for {timeout:g} s). Is the name right, and "
+        "is that machine there?"
+    )
 
 
 def _until(timeout: float, complain: Callable[[], None]) -> Iterator[float]:

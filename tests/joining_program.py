@@ -4,28 +4,36 @@ python tests/joining_program.py MODE WHO FLAGS: process WHO does what MODE says.
 """
 
 import os
+import pathlib
 import signal
 import sys
 import time
 import types
 
-from recalign_jax import cli, terminal
+from recalign_jax import cli, distributed, terminal
 from recalign_jax.errors import InputError, Preempted, RunError
 
 
 def restore(model_dir):
-    """The step that is restored where one process can't read the metadata of step 3, another the arrays of step 2."""
+    """The step that is restored where processes see different things.
+
+    damaged: one can't read the metadata of step 3, another the arrays of step 2; lagging: one doesn't see step 3 yet;
+    altered: one reads other parameters of step 3 than were saved.
+    """
     import jax
     import numpy as np
     import orbax.checkpoint as ocp
 
     from recalign_jax import partitioning
-    from recalign_jax.checkpoint import saved, training
+    from recalign_jax.checkpoint import locations, saved, training
 
     shape = jax.ShapeDtypeStruct(
         (4,), np.float32, sharding=partitioning.batch_sharding(partitioning.make_mesh({"data": -1}))
     )
-    broken = {who: "3/metadata", 1 - who: "2/params"}[jax.process_index()]
+    broken = {who: "3/metadata", 1 - who: "2/params"}[jax.process_index()] if mode == "damaged" else "none"
+    it_is_who = jax.process_index() == who
+    if mode == "lagging" and it_is_who:
+        locations.steps = lambda model_dir: [2, 1]
     read_metadata, restore = saved.read_metadata, ocp.StandardCheckpointHandler.restore
 
     def metadata(folder):
@@ -36,11 +44,15 @@ def restore(model_dir):
     def arrays(handler, directory, args):
         if str(directory).endswith(broken):
             raise OSError("a stale file handle")
-        return restore(handler, directory, args=args)
+        tree = restore(handler, directory, args=args)
+        altered = mode == "altered" and it_is_who and str(directory).endswith("3/params")
+        return jax.tree.map(lambda leaf: leaf + 1, tree) if altered else tree
 
     saved.read_metadata, ocp.StandardCheckpointHandler.restore = metadata, arrays
     with training.open_checkpoints(model_dir) as checkpoints:
-        return training.restore_newest(checkpoints, {"a": shape}, (shape,), lambda metadata: None).step
+        restored = training.restore_newest(checkpoints, {"a": shape}, (shape,), lambda metadata: None)
+    terminal.warn(f"process {jax.process_index()} is at step {restored.step}")
+    return restored.step
 
 
 def run(args):
@@ -50,7 +62,11 @@ def run(args):
 
     total = int(multihost_utils.process_allgather(np.asarray(jax.process_index() + 1)).sum())
     terminal.say("said by one")
-    if mode == "damaged":
+    if mode == "apart":
+        folder = f"{os.environ['MODEL_DIR']}_{jax.process_index() == who}"
+        distributed.SEEN_SECONDS = 1.0
+        distributed.check_shared("MODEL_DIR", pathlib.Path(folder))
+    if mode in ("damaged", "lagging", "altered"):
         return {"step": restore(os.environ["MODEL_DIR"])}
     if mode == "preempted":
         raise Preempted("saved")

@@ -57,7 +57,7 @@ def kill_and_resume(folder: pathlib.Path, times: int, seed: int) -> dict[str, An
         steps_done, seconds = int(random.integers(1, STEPS_A_KILL // 2)), random.uniform(0.5, 6)
         process = train(folder, "killed", steps)
         if moment == "time":
-            time.sleep(seconds)
+            until(process, functools.partial(has_had_time, time.monotonic() + seconds, folder / "killed", before))
         else:
             until(process, functools.partial(has_logged, folder / "killed", before + steps_done))
             if moment == "writing":
@@ -125,6 +125,11 @@ def until(process: subprocess.Popen, happens: Callable[[], bool], seconds: float
 def has_logged(model_dir: pathlib.Path, count: int) -> bool:
     """Whether so many steps are in the log."""
     return len(log.read(str(model_dir))) >= count
+
+
+def has_had_time(deadline: float, model_dir: pathlib.Path, before: int) -> bool:
+    """Whether the time is over, or so fast a machine has done the steps of a kill already."""
+    return time.monotonic() > deadline or has_logged(model_dir, before + STEPS_A_KILL)
 
 
 def being_written(model_dir: pathlib.Path) -> bool:

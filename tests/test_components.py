@@ -110,7 +110,7 @@ def test_workers_are_refused(example):
     options = InputOptions(LENGTHS, batch_size=4, workers=1)
     stream = input_pipeline.make_stream(registered("shop_order", LENGTHS), "train", 0, options)
     with pytest.raises(InputError, match="can't be read by worker processes"):
-        stream.tasks[0].__reduce__()
+        next(input_pipeline.PackedBatches(stream, input_pipeline.start_positions(options)))
 
 
 def test_a_task_whose_features_are_no_tokens_is_an_input_error():

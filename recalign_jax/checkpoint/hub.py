@@ -3,7 +3,7 @@
 import pathlib
 import re
 
-from recalign_jax.errors import InputError
+from recalign_jax.errors import InputError, RunError
 
 # The weights as safetensors, and what is small. Never a pickle.
 _FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
@@ -20,7 +20,7 @@ def is_name(text: str) -> bool:
 def download(name: str) -> pathlib.Path:
     """Returns the local folder of a model of the hub, downloaded if the cache (HF_HOME) doesn't have it.
 
-    Raises InputError when it can't be had, or has no safetensors.
+    Raises InputError when it can't be had, or has no safetensors; RunError where the hub is out of order or too busy.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
@@ -29,6 +29,9 @@ def download(name: str) -> pathlib.Path:
         folder = pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=[*_FILES, *TOKENIZER_FILES]))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        if status == 429 or status >= 500:
+            raise RunError(f"{name}: the Hugging Face hub doesn't give it now: {reason} Try again.") from None
         raise InputError(
             f"{name}: no folder of this name here, and it can't be had from the Hugging Face hub: {reason} "
             f"Is the name right? Without a network, download it where there is one (hf download {name}) and copy the "

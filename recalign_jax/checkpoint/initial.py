@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from recalign_jax import partitioning
+from recalign_jax import distributed, partitioning
 from recalign_jax.checkpoint import locations, saved, stacking
 from recalign_jax.checkpoint.arrays import place
 from recalign_jax.checkpoint.fingerprints import fingerprint, fingerprints
@@ -34,7 +34,7 @@ def load_initial(path: str, config: T5Config, seed: int, params: Any) -> Any:
         own) not what was saved.
     """
     try:
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(distributed.from_first(lambda: _of_now(path)))
         placed = _placed(our_params(checkpoint, config, seed), params)
         # Not those that new rows were added to.
         stored = {name: leaf for name, leaf in stacking.flatten(placed).items() if name in checkpoint.fingerprints}
@@ -57,13 +57,17 @@ def load_base(path: str, config: T5Config, seed: int, params: Any) -> tuple[Any,
     Raises:
       InputError: as `load_initial`.
     """
-    folder = pathlib.Path(path).expanduser()
-    if folder.is_dir():
-        path = str(folder.absolute())
-    if locations.steps(locations.model_dir_of(str(folder))) and not (folder / "config.json").is_file():
-        path = str(locations.folder_of(*locations.locate(str(folder))))  # the newest or best will be another one day
+    path = distributed.from_first(lambda: _of_now(path))
     base = load_initial(path, config, seed, params)
     return base, {"path": path, "seed": seed, "fingerprint": fingerprint(base)}
+
+
+def _of_now(path: str) -> str:
+    """A path as it is in other folders; of a run its checkpoint, since the newest or best will be another one day."""
+    folder = pathlib.Path(path).expanduser()
+    if locations.steps(locations.model_dir_of(str(folder))) and not (folder / "config.json").is_file():
+        return str(locations.folder_of(*locations.locate(str(folder))))
+    return str(folder.absolute()) if folder.is_dir() else path
 
 
 def load_trained(path: str, config: T5Config, params: Any) -> tuple[Any, int]:
@@ -81,6 +85,7 @@ def load_trained(path: str, config: T5Config, params: Any) -> tuple[Any, int]:
       InputError: when there is no checkpoint, it doesn't fit, it was trained with a model that computes something else,
         or the base of its adapters is gone or was changed.
     """
+    path = saved.pinned(path)
     identity = saved.read_identity(path)
     check_model(path, saved.read_model(path), config)
     if "base" not in identity:

@@ -11,6 +11,7 @@ items: evaluation and inference read the parameters alone. The metadata is JSON:
 A converted model has no positions and no record, and only its parameters' hashes.
 """
 
+import functools
 import hashlib
 import json
 import pathlib
@@ -22,6 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from recalign_jax import distributed
 from recalign_jax.checkpoint import locations
 from recalign_jax.checkpoint.arrays import Array, open_orbax, open_store
 from recalign_jax.checkpoint.fingerprints import by_path, fingerprints
@@ -70,6 +72,7 @@ def agreed(folder: pathlib.Path, read: Callable[[], _Read]) -> _Read:
         return read()
     result: Any = None
     mine = None
+    distributed.await_seen(folder.exists)
     try:
         result = read()
     except DamagedCheckpoint as error:
@@ -125,10 +128,15 @@ def read_tree(folder: pathlib.Path, item: str, tree: Any, metadata: dict[str, An
     restored = attempt("read", lambda: handler.restore(folder / item, args=ocp.args.StandardRestore(tree)))
     saved = metadata.get("fingerprints")
     if saved is not None:
-        changed = [name for name, value in fingerprints({item: restored}).items() if saved.get(name) != value]
-        if changed:
-            raise _damaged(folder, f"{_some(changed)} is not what was saved")
+        found = fingerprints({item: restored})
+        # One process alone may have read other bits.
+        agreed(folder, functools.partial(_check_hashes, folder, saved, found))
     return restored
+
+
+def _check_hashes(folder: pathlib.Path, saved: Mapping[str, int], found: Mapping[str, int]) -> None:
+    if changed := [name for name, value in found.items() if saved.get(name) != value]:
+        raise _damaged(folder, f"{_some(changed)} is not what was saved")
 
 
 def _check_fits(folder: pathlib.Path, item: str, stored: Any, tree: Any) -> None:
@@ -150,6 +158,14 @@ def _places(tree: Any) -> dict[str, Any]:
     """What stands at each path of a tree: leaves, and what has none (which optimizers have, and Orbax counts)."""
     nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: not jax.tree.leaves(node))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): node for path, node in nodes}
+
+
+def pinned(path: str) -> str:
+    """The checkpoint that a path (as `locate` takes it) means now, in all processes: MODEL_DIR/checkpoints/STEP.
+
+    Where its run goes on there is a newer one soon. Raises InputError when there is none.
+    """
+    return str(locations.folder_of(*distributed.from_first(lambda: locations.locate(path))))
 
 
 def read_identity(path: str) -> dict[str, Any]:

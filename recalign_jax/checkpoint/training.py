@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from recalign_jax import terminal
+from recalign_jax import distributed, terminal
 from recalign_jax.checkpoint import locations, saved
 from recalign_jax.checkpoint.fingerprints import fingerprints
 from recalign_jax.checkpoint.locations import DIRECTORY
@@ -119,7 +119,7 @@ def restore_newest(
       RunError: when it has or had some, but none is whole.
     """
     model_dir = str(checkpoints.directory.parent)
-    found = locations.steps(model_dir)
+    found = distributed.from_first(lambda: locations.steps(model_dir))
     for step in found:
         folder = locations.folder_of(model_dir, step)
         try:
@@ -132,7 +132,7 @@ def restore_newest(
             checkpoints.reload()
     # A scheduler gives the command again, which must not begin anew where there was a run.
     aside = pathlib.Path(model_dir) / DAMAGED
-    if found or (aside.is_dir() and any(aside.iterdir())):
+    if found or distributed.from_first(lambda: aside.is_dir() and any(aside.iterdir())):
         raise RunError(f"No checkpoint of {model_dir} is whole; they are in {aside}. Start anew in another folder.")
     return None
 

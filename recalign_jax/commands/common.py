@@ -82,6 +82,7 @@ def load_model(spec: TaskSpec, checkpoint_path: str, mesh_shape: dict[str, int] 
     mesh = partitioning.make_mesh(mesh_shape or {"data": -1})
     partitioning.check_batch_size(batch_macro, DecodingOptions().batch_size, mesh)
     config = model_config(spec.num_tokens)
+    checkpoint_path = saved.pinned(checkpoint_path)
     _check_trained_for(spec, checkpoint_path)
     shapes = partitioning.with_shardings(t5.abstract_params(config), mesh)
     params, step = load_trained(checkpoint_path, config, shapes)

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import recalign_jax.commands.train  # noqa: F401 (what the gin files of a run configure)
-from recalign_jax import files, hardware, partitioning, terminal
+from recalign_jax import distributed, files, hardware, partitioning, terminal
 from recalign_jax.checkpoint import training as checkpointing
 from recalign_jax.checkpoint.fingerprints import fingerprints
 from recalign_jax.corpus.corpus import data_dir_or_default
@@ -256,6 +256,7 @@ def checkpoint(folder: str | None, made: dict[str, Any]) -> str:
         parent.mkdir(parents=True, exist_ok=True)
         where = pathlib.Path(tempfile.mkdtemp(prefix="recalign_doctor_", dir=parent))
     else:  # one that all processes know the name of; a doctor that was killed may have left it
+        distributed.check_shared("--folder", parent)
         where = parent / "recalign_doctor"
         if jax.process_index() == 0:
             shutil.rmtree(where, ignore_errors=True)

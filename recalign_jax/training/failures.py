@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from recalign_jax.checkpoint import locations
@@ -41,6 +42,7 @@ def not_finite(
     with atomic_file(path) as aside, aside.open("wb") as file:
         np.savez_compressed(file, **batch)  # type: ignore[arg-type]
     newest = next(iter(locations.steps(model_dir)), None)
+    multihost_utils.sync_global_devices("all parts of the batch are kept")  # the first to leave ends the others
     return RunError(
         f"Loss or gradient is not finite in steps {first} to {step}. The batch of step {first} is in {path}. "
         f"The newest checkpoint is {'not there yet' if newest is None else f'of step {newest}'}; a lower "

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from recalign_jax import partitioning, terminal
+from recalign_jax import distributed, partitioning, terminal
 from recalign_jax.checkpoint import locations, saved
 from recalign_jax.checkpoint import training as checkpointing
 from recalign_jax.checkpoint.saved import DamagedCheckpoint
@@ -149,7 +149,8 @@ def train(
     # ---------------------------------------------------------------- the newest checkpoint, or a new run
     model_dir = pathlib.Path(options.model_dir)
     model_dir.mkdir(parents=True, exist_ok=True)
-    records = log.read(options.model_dir)
+    distributed.check_shared("MODEL_DIR", model_dir)
+    records = distributed.from_first(lambda: log.read(options.model_dir))
     check = functools.partial(
         checkpointing.check_identity,
         identity=identity,
@@ -197,7 +198,7 @@ def train(
     # ---------------------------------------------------------------- what follows a logged step
     # A record counts once it is written: a run that was killed in an evaluation does it again when it is resumed.
     run_log = log.RunLog(options.model_dir, [record for record in records if record["step"] <= first_step])
-    kept = locations.steps(options.model_dir)
+    kept = distributed.from_first(lambda: locations.steps(options.model_dir))
 
     def has_checkpoint(record: dict[str, Any]) -> bool:
         """Whether it can be the best: with a metric that is new to a resumed run, earlier checkpoints may be gone."""
@@ -315,7 +316,7 @@ def _ends(step: int, records: Sequence[dict[str, Any]], options: TrainOptions) -
 
 def _is_finished(options: TrainOptions, records: list[dict[str, Any]], check: Callable[[dict[str, Any]], None]) -> bool:
     """Whether there is nothing left to do, which the log and the newest checkpoint say."""
-    newest = next(iter(locations.steps(options.model_dir)), 0)
+    newest = next(iter(distributed.from_first(lambda: locations.steps(options.model_dir))), 0)
     if not records or newest != records[-1]["step"] or not _ends(newest, records, options):
         return False
     folder = locations.folder_of(options.model_dir, newest)
