@@ -34,10 +34,10 @@ COMMANDS = {
 RUNS_ON_DEVICES = ("train", "eval", "infer", "doctor")
 # These do the same again and again, and on a CPU with the memory of the time before.
 REPEATS = ("train", "eval", "infer", "baseline")
-# Exit statuses of what the system says of a path that was given, and of a disk that has no room.
-_OF_A_PATH = (errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
-_STATUS_OF = dict.fromkeys((*_OF_A_PATH, errno.EACCES, errno.EPERM, errno.EROFS), InputError.exit_status)
-_STATUS_OF |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), RunError.exit_status)
+# Exit statuses of what the system says of a path that was given, and of a disk that has no room or is gone.
+_OF_A_PATH = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM)
+_OF_A_DISK = (errno.ENOENT, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_STATUS_OF = dict.fromkeys(_OF_A_PATH, InputError.exit_status) | dict.fromkeys(_OF_A_DISK, RunError.exit_status)
 
 
 def _usage() -> str:

@@ -121,11 +121,15 @@ def from_first(read: Callable[[], Any]) -> Any:
 
 
 def await_seen(is_seen: Callable[[], bool]) -> bool:
-    """Whether this process sees what another one saw or wrote; waits SEEN_SECONDS for it."""
-    deadline = time.monotonic() + SEEN_SECONDS
-    while not (seen := is_seen()) and time.monotonic() < deadline:
+    """Whether this process sees what another one saw or wrote; where there are several, waits SEEN_SECONDS for it."""
+    deadline = time.monotonic() + SEEN_SECONDS * _several()
+    while True:
+        with contextlib.suppress(OSError):
+            if is_seen():
+                return True
+        if time.monotonic() >= deadline:
+            return False
         time.sleep(0.1)
-    return seen
 
 
 def check_shared(name: str, folder: pathlib.Path) -> None:
@@ -140,13 +144,16 @@ def check_shared(name: str, folder: pathlib.Path) -> None:
     mark = folder / ".seen_by_all"
 
     def write() -> str:
-        folder.mkdir(parents=True, exist_ok=True)
         written = secrets.token_hex(8)
-        mark.write_text(written)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.write_text(written)
+        except OSError as error:
+            raise InputError(f"{name} {folder} can't be written to: {error.strerror}.") from None
         return written
 
     written = from_first(write)
-    seen = await_seen(lambda: mark.is_file() and mark.read_text() == written)
+    seen = await_seen(lambda: mark.read_text() == written)
     blind = np.flatnonzero(~multihost_utils.process_allgather(np.asarray(seen)))
     if jax.process_index() == 0:
         mark.unlink(missing_ok=True)

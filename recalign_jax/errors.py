@@ -6,6 +6,7 @@ line if there is one) and what to do about it.
 
 import difflib
 import math
+import numbers
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -94,8 +95,9 @@ def check_least(options: Any, least: float, *names: str) -> None:
             raise InputError(f"{type(options).__name__}.{name} is {value}: must be at least {least}.")
 
 
-def check_number(name: str, value: object, least: float = 0, whole: bool = False) -> None:
+def check_number(name: str, value: Any, least: float = 0, whole: bool = False) -> None:
     """Raises InputError when the value of a setting isn't a finite number, or a whole one, of at least `least`."""
-    kind, told = (int, "a whole number") if whole else ((int, float), "a number")
-    if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value) or value < least:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    told = "a whole number" if whole else "a number"
+    if not is_number or value < least or (whole and value % 1):
         raise InputError(f"{name} is {value!r}: must be {told} of at least {least}.")

@@ -6,20 +6,23 @@ import fcntl
 import glob
 import os
 import pathlib
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 
 from recalign_jax import terminal
 from recalign_jax.errors import InputError
 
+# In the names of what is written aside: some file systems keep locks to the machine that holds them.
+_HOST = re.sub(r"[^\w-]", "_", socket.gethostname())
+
 
 def local_folder(name: str, folder: str) -> pathlib.Path:
-    """Returns a folder that is to be written to. Raises InputError, naming the setting, for a bucket's address."""
+    """Returns a setting as the folder that it must be. Raises InputError for a bucket's address."""
     if "://" in folder:
-        raise InputError(
-            f"{name} is {folder}: must be a folder that this machine has or mounts; buckets are only read."
-        )
+        raise InputError(f"{name} is {folder}: must be a folder that this machine has or mounts, not a bucket.")
     return pathlib.Path(folder)
 
 
@@ -53,7 +56,7 @@ def atomic_file(path: str | os.PathLike[str], aside_in: str | os.PathLike[str] |
     """Yields a path beside `path` to write to; it takes the name `path` when the block ends well.
 
     On an exception the file beside it is removed and what stood at `path` stays as it was. Where the file system has
-    locks, what killed writers of `path` left beside it (`.NAME.partial.*`) is removed first.
+    locks, what killed writers of `path` on this machine left beside it (`.NAME.partial.*`) is removed first.
 
     Args:
       path: of the file.
@@ -79,14 +82,19 @@ def atomic_file(path: str | os.PathLike[str], aside_in: str | os.PathLike[str] |
 
 
 @contextlib.contextmanager
-def atomic_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+def atomic_directory(path: str | os.PathLike[str], check: Callable[[], None] = lambda: None) -> Iterator[pathlib.Path]:
     """Yields an empty directory beside `path`; it replaces `path` when the block ends well.
 
     A directory that already stands at `path` is exchanged for the new one and then deleted, so that there is no moment
     at which a reader finds half of either. Where the system can't exchange two names at once (Linux can), there is one
     between two renames at which it lies in `.NAME.old.*` beside `path`. All files are on the disk before they take the
     name. What can't be deleted of the old directory is told of and stays, under a hidden name beside `path`. Where the
-    file system has locks, what killed writers of `path` left beside it (`.NAME.partial.*`) is removed first.
+    file system has locks, what writers of `path` that were killed on this machine left beside it (`.NAME.partial.*`) is
+    removed first.
+
+    Args:
+      path: of the directory.
+      check: called when all is written, right before the exchange; may raise.
     """
     target = pathlib.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +104,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         aside.chmod(0o755)
         yield aside
         _sync_all(aside)
+        check()
         if target.is_dir() and _exchanged(aside, target):
             _sync(target.parent)
             _remove(aside)
@@ -140,9 +149,9 @@ def _new_file(prefix: str, dir: pathlib.Path) -> str:
 def _locked(target: pathlib.Path, folder: pathlib.Path, make: Callable[..., str]) -> tuple[pathlib.Path, int]:
     """Makes a file or directory in `folder`; a lock on it lasts as long as the descriptor, or this process, does."""
     while True:
-        aside = pathlib.Path(make(prefix=f".{target.name}.partial.", dir=folder))
+        aside = pathlib.Path(make(prefix=f".{target.name}.partial.{_HOST}.", dir=folder))
         try:
-            descriptor = os.open(aside, os.O_RDONLY)
+            descriptor = _opened(aside)
         except FileNotFoundError:
             continue  # another writer took it for abandoned before it was locked
         with contextlib.suppress(OSError):  # no locks here: then nobody else gets one, and nothing is removed
@@ -152,10 +161,15 @@ def _locked(target: pathlib.Path, folder: pathlib.Path, make: Callable[..., str]
         os.close(descriptor)
 
 
+def _opened(aside: pathlib.Path) -> int:
+    """A descriptor to lock a file or directory by; NFS locks only files that may be written."""
+    return os.open(aside, os.O_RDONLY if aside.is_dir() else os.O_RDWR)
+
+
 def _remove_abandoned(target: pathlib.Path) -> None:
-    for abandoned in target.parent.glob(f".{glob.escape(target.name)}.partial.*"):
+    for abandoned in target.parent.glob(f".{glob.escape(f'{target.name}.partial.{_HOST}')}.*"):
         with contextlib.suppress(OSError):
-            descriptor = os.open(abandoned, os.O_RDONLY)
+            descriptor = _opened(abandoned)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if abandoned.is_dir():

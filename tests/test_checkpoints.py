@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from orbax.checkpoint._src.serialization import serialization
 
 from recalign_jax.checkpoint import fingerprints as hashes
 from recalign_jax.checkpoint import locations, saved, streaming, training
@@ -30,8 +31,10 @@ def trees(step: int):
     return params, ({"moment": random.standard_normal((300,), np.float32)}, np.int32(step))
 
 
-def shapes(tree):
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), np.asarray(leaf).dtype), tree)
+def shapes(tree, sharding=None):
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), np.asarray(leaf).dtype, sharding=sharding), tree
+    )
 
 
 def save(model_dir, steps, keep=3):
@@ -41,9 +44,9 @@ def save(model_dir, steps, keep=3):
         training.finish(checkpoints)
 
 
-def restore(model_dir):
+def restore(model_dir, sharding=None):
     with training.open_checkpoints(str(model_dir)) as checkpoints:
-        return training.restore_newest(checkpoints, *shapes(trees(0)), lambda metadata: None)
+        return training.restore_newest(checkpoints, *shapes(trees(0), sharding), lambda metadata: None)
 
 
 def check(restored, step):
@@ -128,7 +131,7 @@ def test_without_a_whole_one_nothing_is_begun_anew(two_steps, tmp_path):
         assert len(list((tmp_path / "run" / "damaged_checkpoints").iterdir())) == 2
 
 
-@pytest.mark.parametrize("item", ["params", "optimizer"])
+@pytest.mark.parametrize("item", ["params", "optimizer", "a shard"])
 def test_sigterm_while_a_checkpoint_is_read_is_no_damage(two_steps, tmp_path, item, monkeypatch):
     shutil.copytree(two_steps, tmp_path / "run")
     real = ocp.StandardCheckpointHandler.restore
@@ -138,9 +141,14 @@ def test_sigterm_while_a_checkpoint_is_read_is_no_damage(two_steps, tmp_path, it
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, directory, *arguments, **named)
 
+    async def read_and_be_told(**named):
+        os.kill(os.getpid(), signal.SIGTERM)
+
     monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", restore_and_be_told)
+    if item == "a shard":  # Orbax wraps what is raised there
+        monkeypatch.setattr(serialization, "_read_shard", read_and_be_told)
     with preemption.handled(), pytest.raises(Preempted):
-        restore(tmp_path / "run")
+        restore(tmp_path / "run", jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     assert not list((tmp_path / "run").glob("damaged*"))
     monkeypatch.undo()
     check(restore(tmp_path / "run"), 2)

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+import types
 
 import jax
 import ml_dtypes
@@ -15,11 +16,12 @@ from flax import nnx
 from safetensors import safe_open
 
 from recalign_jax import cli, gin_config, partitioning
-from recalign_jax.checkpoint import huggingface, locations, saved, stacking, training
+from recalign_jax.checkpoint import hub, huggingface, locations, saved, stacking, training
 from recalign_jax.checkpoint.arrays import whole
 from recalign_jax.checkpoint.formats import open_checkpoint, our_params
 from recalign_jax.checkpoint.initial import load_base
 from recalign_jax.commands.common import load_model
+from recalign_jax.errors import RunError
 from recalign_jax.model import lora, t5
 from recalign_jax.model.config import T5Config
 from recalign_jax.model.lora import LoraOptions
@@ -507,3 +509,18 @@ def test_without_a_network_a_hub_name_says_what_to_do(cache, convert, tmp_path):
     assert "can't be had from the Hugging Face hub" in message
     assert "hf download google/flan-t5-nonexistent" in message
     assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_hub_that_is_too_busy_is_no_bad_input(monkeypatch, status):
+    """A scheduler may try again after status 1."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def refuse(*_, **__):
+        answer = types.SimpleNamespace(status_code=status, headers={}, request=None)
+        raise errors.LocalEntryNotFoundError("nothing cached") from errors.HfHubHTTPError("busy", response=answer)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(RunError, match="doesn't give it now"):
+        hub.download("google/flan-t5-base")

@@ -502,12 +502,12 @@ def test_a_full_disk_is_told_of_and_leaves_nothing(tmp_path, capsys, size):
     assert not list((tmp_path / "data").iterdir())
 
 
-@pytest.mark.parametrize("folder", ["/proc/x", "{}/file/below", "{}/" + 300 * "x"])
-def test_a_place_that_cannot_be_made_is_told_of(tmp_path, capsys, folder):
+@pytest.mark.parametrize(("folder", "status"), [("/proc/x", 1), ("{}/file/below", 2), ("{}/" + 300 * "x", 2)])
+def test_a_place_that_cannot_be_made_is_told_of(tmp_path, capsys, folder, status):
     (tmp_path / "file").write_text("")
     raw = write_tables(tmp_path / "raw", [("ann", "a", 1)])
     arguments = ["--source", "tables", "--input", str(raw), "--corpus", "x", "--data_dir", folder.format(tmp_path)]
-    assert cli.main(["prepare", *arguments]) == 2
+    assert cli.main(["prepare", *arguments]) == status
     assert "Traceback" not in capsys.readouterr().err
 
 

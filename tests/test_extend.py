@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from recalign_jax import files
 from recalign_jax.commands import inspect, prepare
-from recalign_jax.corpus import build, extend
+from recalign_jax.corpus import build
 from recalign_jax.corpus.assemble import Reader, assemble
 from recalign_jax.corpus.corpus import load_corpus
 from recalign_jax.corpus.records import Interaction, Item, ItemText
@@ -396,14 +396,14 @@ def test_an_interrupted_extension_leaves_the_corpus(small, monkeypatch):
 
 
 def test_of_two_extensions_at_once_none_is_lost(small, monkeypatch):
-    real = extend.storage.write
+    real = files._sync_all
 
-    def write(*arguments):
+    def sync_all(folder):
+        real(folder)
         monkeypatch.undo()
         extended(small, [("first", "a", 1)])  # the other one, from its beginning to its end
-        real(*arguments)
 
-    monkeypatch.setattr(extend.storage, "write", write)
+    monkeypatch.setattr(files, "_sync_all", sync_all)
     with pytest.raises(InputError, match="was replaced while in use"):
         extended(small, [("second", "a", 1)])
     after = load_corpus("small", small.directory.parent)

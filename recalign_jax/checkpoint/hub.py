@@ -29,8 +29,9 @@ def download(name: str) -> pathlib.Path:
         folder = pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=[*_FILES, *TOKENIZER_FILES]))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        status = getattr(getattr(error, "response", None), "status_code", 0)
-        if status == 429 or status >= 500:
+        answers = (getattr(one, "response", None) for one in (error, error.__cause__))
+        statuses = [answer.status_code for answer in answers if answer is not None]
+        if any(status == 429 or status >= 500 for status in statuses):
             raise RunError(f"{name}: the Hugging Face hub doesn't give it now: {reason} Try again.") from None
         raise InputError(
             f"{name}: no folder of this name here, and it can't be had from the Hugging Face hub: {reason} "

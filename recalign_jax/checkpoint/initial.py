@@ -34,7 +34,10 @@ def load_initial(path: str, config: T5Config, seed: int, params: Any) -> Any:
         own) not what was saved.
     """
     try:
-        checkpoint = open_checkpoint(distributed.from_first(lambda: _of_now(path)))
+        path = distributed.from_first(lambda: _of_now(path))
+        if pathlib.Path(path).is_absolute():
+            distributed.await_seen(pathlib.Path(path).exists)
+        checkpoint = open_checkpoint(path)
         placed = _placed(our_params(checkpoint, config, seed), params)
         # Not those that new rows were added to.
         stored = {name: leaf for name, leaf in stacking.flatten(placed).items() if name in checkpoint.fingerprints}

@@ -15,7 +15,7 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -114,9 +114,9 @@ def read_tree(folder: pathlib.Path, item: str, tree: Any, metadata: dict[str, An
         def read_or_damaged() -> Any:
             try:
                 return read()
-            except Preempted:
-                raise  # SIGTERM while it is read
             except Exception as error:  # whatever a library finds in a damaged file
+                if told := next((cause for cause in _causes(error) if isinstance(cause, Preempted)), None):
+                    raise told from None  # SIGTERM while it is read, which Orbax wraps
                 if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                     raise  # too little memory is no damage
                 raise _damaged(folder, f"{item} can't be {what} ({_first_line(error)})") from error
@@ -165,7 +165,9 @@ def pinned(path: str) -> str:
 
     Where its run goes on there is a newer one soon. Raises InputError when there is none.
     """
-    return str(locations.folder_of(*distributed.from_first(lambda: locations.locate(path))))
+    folder = locations.folder_of(*distributed.from_first(lambda: locations.locate(path)))
+    distributed.await_seen(folder.exists)
+    return str(folder)
 
 
 def read_identity(path: str) -> dict[str, Any]:
@@ -230,6 +232,13 @@ def _some(names: Iterable[str]) -> str:
 
 def _checksum(metadata: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _first_line(error: Exception) -> str:

@@ -24,7 +24,7 @@ from seqio_tasks.vocabulary import embedding_rows
 
 # The families that recommend; the others help to learn it.
 EVALUATED = ("retrieval", "ranking", "rating", "rating_random")
-# Shares of prompts of ranking, which can be too short, and what they have room for. Candidates go before history.
+# Shares of prompts of ranking, which can be too short, and what they have no room for. Candidates go before history.
 SHARES_SHOWN = {
     "prompts_with_all_candidates": "all candidates (all are scored)",
     "prompts_with_whole_history": "the whole history beside them",

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib.metadata
+import os
 import pathlib
 import shutil
 import tempfile
@@ -163,7 +164,8 @@ def host_memory() -> str:
 
 def folders(args: argparse.Namespace) -> dict[str, str]:
     """Where a run will write, and what for."""
-    found = {"data_dir": str(data_dir_or_default(args.data_dir))}
+    given = args.data_dir or os.environ.get("RECALIGN_DATA_DIR")  # as it is, for `disk` to judge
+    found = {"data_dir": os.path.expanduser(given) if given else str(data_dir_or_default(None))}
     try:
         model_dir = gin.query_parameter("%MODEL_DIR")
     except ValueError:  # no gin file defines it

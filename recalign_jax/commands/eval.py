@@ -77,7 +77,7 @@ def eval_command(
             result = make_evaluation(spec, split, model.graphdef, model.mesh, model.model_dir)(model.params)
             for share, told in SHARES_SHOWN.items():
                 if (of_prompts := result.overall.get(share, 1)) < 1:
-                    terminal.warn(f"{of_prompts:.0%} of the prompts have room for {told}. See MAX_INPUT_TOKENS.")
+                    terminal.warn(f"{1 - of_prompts:.2%} of the prompts have no room for {told}. See MAX_INPUT_TOKENS.")
             yield f"{spec.name}, {split} split, step {model.step}", result
 
     given = (results.EvaluationOptions(), DecodingOptions(), TaskOptions())

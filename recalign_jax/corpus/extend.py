@@ -72,10 +72,10 @@ def extend(
             "counts": total | state,
             "extensions": [*earlier, extension],
         }
-        with files.atomic_directory(directory) as aside:
+        # Not by another extension either, whose data this one knows nothing of.
+        with files.atomic_directory(directory, check=corpus.check_not_replaced) as aside:
             _append([directory / "rejected.jsonl", scratch / "rejected.jsonl"], aside / "rejected.jsonl")
             storage.write(aside, metadata, assembled.sequences, assembled.texts)
-            corpus.check_not_replaced()  # by another extension, which this one knows nothing of
     return counts
 
 

@@ -15,11 +15,10 @@ from typing import Any
 
 from recalign_jax.checkpoint import locations, saved
 from recalign_jax.errors import InputError
-from recalign_jax.evaluation.report import EVALUATION_FILE
+from recalign_jax.evaluation.report import EVALUATION_FILE, FAMILIES
 from recalign_jax.reporting import gin_text
 from recalign_jax.training import log, steering
 
-FAMILIES = ("retrieval", "ranking", "rating")
 _WITHOUT_RUNS = ("checkpoints", "damaged_checkpoints", "profile", "tries")
 # The best of a run is by BEST_METRIC, or else by the first of these that it logged, behind a corpus's name or not.
 _MAIN_METRICS = ("ndcg@10", "ranking_ndcg@10", "rating_rmse", "loss")

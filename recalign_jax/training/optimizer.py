@@ -36,11 +36,13 @@ def make_schedule(
     check_choice("make_schedule.kind", kind, SCHEDULES)
     check_number("make_schedule.learning_rate", learning_rate)
     check_number("make_schedule.warmup_steps", warmup_steps, whole=True)
+    if total_steps is not None:
+        check_number("make_schedule.total_steps", total_steps, whole=True)
     if kind == "inverse_sqrt":
         return lambda step: learning_rate / jnp.sqrt(jnp.maximum(step, max(warmup_steps, 1)))
     if kind == "constant":
         schedule = optax.constant_schedule(learning_rate)
-    elif not isinstance(total_steps, int) or total_steps <= warmup_steps:
+    elif total_steps is None or total_steps <= warmup_steps:
         raise InputError(
             f"make_schedule.total_steps is {total_steps}; {kind} needs more than its {warmup_steps} warmup_steps."
         )
