@@ -118,7 +118,7 @@ def _write_interactions(folder: pathlib.Path, name: str, table: Table[Interactio
         for field, values in log._asdict().items()
         if values is not None
     }
-    with files.atomic_file(folder / f"{name}-{number:08}.npz") as path, path.open("wb") as file:
+    with files.atomic_file(folder / f"{name}-{number:08}.npz", aside_in=folder) as path, path.open("wb") as file:
         np.savez(file, **arrays)
     _write_json(folder / f"{name}-{number:08}.rejected", rejected)
 
@@ -150,7 +150,7 @@ def _rejecting(rejected: Rejected) -> Reject:
 
 
 def _write_json(target: pathlib.Path, rows: Sequence[Any]) -> None:
-    with files.atomic_file(target) as path:
+    with files.atomic_file(target, aside_in=target.parent) as path:
         path.write_text(json.dumps(rows, default=str), encoding="utf-8")
 
 

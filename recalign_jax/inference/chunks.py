@@ -197,5 +197,6 @@ def _read(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _write(path: pathlib.Path, text: str) -> None:
-    with atomic_file(path) as aside:
+    # No look for what a kill left: the folder goes when all is done, and has a file for every chunk until then.
+    with atomic_file(path, aside_in=path.parent) as aside:
         aside.write_text(text, encoding="utf-8")
