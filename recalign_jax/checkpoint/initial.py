@@ -77,7 +77,7 @@ def load_trained(path: str, config: T5Config, params: Any) -> tuple[Any, int]:
     """Reads the parameters of a checkpoint of `recalign train`; adapters are merged with their base.
 
     Args:
-      path: as `locations.locate` takes it.
+      path: as `locations.locate` takes it; where its run may go on meanwhile, `saved.pinned`.
       config: of the model.
       params: its parameters' ShapeDtypeStructs with shardings.
 
@@ -88,7 +88,6 @@ def load_trained(path: str, config: T5Config, params: Any) -> tuple[Any, int]:
       InputError: when there is no checkpoint, it doesn't fit, it was trained with a model that computes something else,
         or the base of its adapters is gone or was changed.
     """
-    path = saved.pinned(path)
     identity = saved.read_identity(path)
     check_model(path, saved.read_model(path), config)
     if "base" not in identity:
