@@ -38,9 +38,10 @@ from benchmarks.train_throughput import torch_model
 from recalign_jax import gin_config, host, partitioning
 from recalign_jax.checkpoint.initial import load_initial
 from recalign_jax.commands.common import model_config
+from recalign_jax.corpus.catalog import EOS_ID
 from recalign_jax.corpus.corpus import data_dir_or_default, load_corpus
 from recalign_jax.decoding.retrieve import make_generate, retrieve
-from recalign_jax.decoding.trie import EOS_ID, build_trie
+from recalign_jax.decoding.trie import build_trie
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
 from seqio_tasks import examples, samples, specs, vocabulary

@@ -50,6 +50,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from recalign_jax import gin_config
 from recalign_jax.commands.common import model_config
+from recalign_jax.corpus.catalog import EOS_ID
 from recalign_jax.corpus.corpus import load_corpus
 from recalign_jax.decoding import forced
 from recalign_jax.decoding.beam_search import Beams, advance, widths_of
@@ -57,7 +58,7 @@ from recalign_jax.decoding.cache import follow_parents, slot_order
 from recalign_jax.decoding.finished import none
 from recalign_jax.decoding.permitted import Permitted, permitted
 from recalign_jax.decoding.scoring import Decoder, log_normalizer
-from recalign_jax.decoding.trie import EOS_ID, Trie, build_trie
+from recalign_jax.decoding.trie import Trie, build_trie
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
 from seqio_tasks import specs, vocabulary

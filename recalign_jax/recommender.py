@@ -14,11 +14,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from recalign_jax.corpus.catalog import Catalog
+from recalign_jax.corpus.catalog import EOS_ID, PAD_ID, Catalog
 from recalign_jax.decoding import trie_file
 from recalign_jax.decoding.retrieve import Generate, make_generate, padded, retrieve
 from recalign_jax.decoding.scoring import SCORES
-from recalign_jax.decoding.trie import EOS_ID, PAD_ID, Trie, build_trie
+from recalign_jax.decoding.trie import Trie, build_trie
 from recalign_jax.errors import InputError, check_choice, check_kinds, check_least
 from seqio_tasks import samples, writing
 from seqio_tasks.examples import (

@@ -3,10 +3,10 @@
 import numpy as np
 
 from recalign_jax.corpus import candidates
+from recalign_jax.corpus.catalog import EOS_ID
 from seqio_tasks import examples, writing
 from seqio_tasks.examples import Query, RatedQuery
 from seqio_tasks.specs import TaskSpec
-from seqio_tasks.vocabulary import EOS_ID
 from seqio_tasks.writing import Limits, Sample
 
 

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Sequence
 
 import sentencepiece
 
+from recalign_jax.corpus.catalog import EOS_ID, PAD_ID
 from recalign_jax.corpus.corpus import VOCABULARIES, data_dir_or_default
 from recalign_jax.errors import InputError, did_you_mean
 
-PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
+UNK_ID = 2
 NUM_SENTINELS = 100
 
 

@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from recalign_jax.corpus.catalog import EOS_ID
 from recalign_jax.corpus.neighbours import neighbours_of
 from recalign_jax.corpus.statistics import rating_text
 from seqio_tasks import prompts
 from seqio_tasks.prompts import CANDIDATES, HISTORY, ITEM
 from seqio_tasks.specs import TaskSpec
-from seqio_tasks.vocabulary import EOS_ID, Vocabulary
+from seqio_tasks.vocabulary import Vocabulary
 
 NO_LIMIT = 2**31
 

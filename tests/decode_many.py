@@ -21,9 +21,10 @@ import sentencepiece
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from recalign_jax.corpus.catalog import EOS_ID, PAD_ID
 from recalign_jax.decoding.beam_search import beam_search
 from recalign_jax.decoding.scoring import SCORES, Decoder
-from recalign_jax.decoding.trie import EOS_ID, PAD_ID, build_trie
+from recalign_jax.decoding.trie import build_trie
 
 USERS, BEAMS, EXCLUDED, STATES, LONGEST = 100, 20, 8, 997, 47
 SAMPLE = 20  # users of a batch whose scores over the trie are computed again

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from recalign_jax.decoding.trie import PAD_ID
+from recalign_jax.corpus.catalog import PAD_ID
 
 
 def sequence_scores(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from recalign_jax.corpus.catalog import EOS_ID
 from recalign_jax.decoding.beam_search import beam_search
 from recalign_jax.decoding.scoring import SCORES, Decoder, log_normalizer
-from recalign_jax.decoding.trie import EOS_ID, build_trie
+from recalign_jax.decoding.trie import build_trie
 from tests.reference_scores import sequence_scores
 from tests.shared_data import shared
 from tests.test_trie import VOCAB, build, pad, padded, random_catalogue, seeds

@@ -646,6 +646,8 @@ def test_what_the_commands_return(small, capsys):
     assert shown["statistics"]["shared_titles"] == 2
     assert shown["statistics"]["tied_test_items"] == 0.5
     assert shown["statistics"]["tied_pairs"] == 2 / 6
+    with pytest.raises(InputError, match="--task small_mim is of small, not of --corpus second"):
+        call(inspect, data_dir, "--corpus", "second", "--task", "small_mim")
 
 
 def test_ids_that_do_not_meet_are_told_of(tmp_path, capsys):

@@ -21,8 +21,9 @@ import jax
 import numpy as np
 import pytest
 
+from recalign_jax.corpus.catalog import EOS_ID
 from recalign_jax.decoding.retrieve import make_generate
-from recalign_jax.decoding.trie import EOS_ID, build_trie
+from recalign_jax.decoding.trie import build_trie
 from recalign_jax.model import t5
 from tests.test_model_torch import CONFIG, our_params, torch, torch_model, transformers
 from tests.test_trie import pad, padded

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recalign_jax.corpus.catalog import EOS_ID
 from recalign_jax.decoding import trie_file
-from recalign_jax.decoding.trie import EOS_ID, Trie, build_trie
+from recalign_jax.decoding.trie import Trie, build_trie
 from recalign_jax.errors import InputError
 
 VOCAB = 9

@@ -33,19 +33,7 @@ def load_initial(path: str, config: T5Config, seed: int, params: Any) -> Any:
       InputError: when there is no checkpoint, or a parameter is missing, left over, of another shape, or (of one of our
         own) not what was saved.
     """
-    try:
-        path = distributed.from_first(lambda: _of_now(path))
-        if pathlib.Path(path).is_absolute():
-            distributed.await_seen(pathlib.Path(path).exists)
-        checkpoint = open_checkpoint(path)
-        placed = _placed(our_params(checkpoint, config, seed), params)
-        # Not those that new rows were added to.
-        stored = {name: leaf for name, leaf in stacking.flatten(placed).items() if name in checkpoint.fingerprints}
-        stored = {name: leaf for name, leaf in stored.items() if leaf.shape == tuple(checkpoint.arrays[name].shape)}
-        checkpoint.check_whole(fingerprints(stored))
-        return placed
-    except InputError as error:
-        raise InputError(f"INITIAL_CHECKPOINT: {error.message}") from None
+    return _load(path, config, seed, params)[0]
 
 
 def load_base(path: str, config: T5Config, seed: int, params: Any) -> tuple[Any, dict[str, Any]]:
@@ -60,9 +48,25 @@ def load_base(path: str, config: T5Config, seed: int, params: Any) -> tuple[Any,
     Raises:
       InputError: as `load_initial`.
     """
-    path = distributed.from_first(lambda: _of_now(path))
-    base = load_initial(path, config, seed, params)
+    base, path = _load(path, config, seed, params)
     return base, {"path": path, "seed": seed, "fingerprint": fingerprint(base)}
+
+
+def _load(path: str, config: T5Config, seed: int, params: Any) -> tuple[Any, str]:
+    """Returns (what `load_initial` does, the checkpoint's path as all processes read it)."""
+    try:
+        path = distributed.from_first(lambda: _of_now(path))
+        if pathlib.Path(path).is_absolute():
+            distributed.await_seen(pathlib.Path(path).exists)
+        checkpoint = open_checkpoint(path)
+        placed = _placed(our_params(checkpoint, config, seed), params)
+        # Not those that new rows were added to.
+        stored = {name: leaf for name, leaf in stacking.flatten(placed).items() if name in checkpoint.fingerprints}
+        stored = {name: leaf for name, leaf in stored.items() if leaf.shape == tuple(checkpoint.arrays[name].shape)}
+        checkpoint.check_whole(fingerprints(stored))
+        return placed, path
+    except InputError as error:
+        raise InputError(f"INITIAL_CHECKPOINT: {error.message}") from None
 
 
 def _of_now(path: str) -> str:

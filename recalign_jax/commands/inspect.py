@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from recalign_jax import terminal
-from recalign_jax.corpus.corpus import VOCABULARIES, Corpus, data_dir_or_default, load_corpus
+from recalign_jax.corpus.corpus import VOCABULARIES, Corpus, corpora, data_dir_or_default, load_corpus
 from recalign_jax.corpus.statistics import statistics
 from recalign_jax.errors import InputError
-from seqio_tasks import examples, samples, specs, vocabulary
+from seqio_tasks import examples, samples, specs, task_names, vocabulary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,8 +43,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             raise InputError(f"{flag} must not be negative, but is {value}.")
     if not args.task:
         return {"statistics": _show_statistics(load_corpus(args.corpus, args.data_dir))}
-    name = args.task if args.task.startswith(args.corpus + "_") else f"{args.corpus}_{args.task}"
-    spec = specs.task_spec(name, _vocabulary(args), args.data_dir)
+    whole = any(args.task.startswith(f"{name}_") for name in corpora(data_dir_or_default(args.data_dir)))
+    task = args.task if whole else f"{args.corpus}_{args.task}"
+    of = ".".join(task_names.split_name(task, args.data_dir).corpora)
+    if of != args.corpus:
+        raise InputError(f"--task {task} is of {of}, not of --corpus {args.corpus}.")
+    spec = specs.task_spec(task, _vocabulary(args), args.data_dir)
     count = samples.num_examples(spec, args.split)
     chosen = np.random.default_rng(args.seed).permutation(count)[: args.n]
     found = []

@@ -7,13 +7,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from recalign_jax.corpus.catalog import PAD_ID
 from recalign_jax.decoding import finished as finished_sequences
 from recalign_jax.decoding import forced, permitted
 from recalign_jax.decoding.cache import Cache, follow_parents, slot_order
 from recalign_jax.decoding.finished import BeamResult, Finished
 from recalign_jax.decoding.permitted import Permitted
 from recalign_jax.decoding.scoring import SCORES, Decoder
-from recalign_jax.decoding.trie import PAD_ID, Trie
+from recalign_jax.decoding.trie import Trie
 
 # Children are looked at in arrays of the first of these widths that holds those of every beam (or of the trie's own).
 _WIDTHS = (16, 256, 4096)

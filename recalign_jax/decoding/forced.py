@@ -5,11 +5,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from recalign_jax.corpus.catalog import EOS_ID
 from recalign_jax.decoding.cache import Cache
 from recalign_jax.decoding.finished import Finished, best, of_run
 from recalign_jax.decoding.permitted import Permitted
 from recalign_jax.decoding.scoring import Decoder, log_normalizer
-from recalign_jax.decoding.trie import EOS_ID, Trie
+from recalign_jax.decoding.trie import Trie
 
 _RUN = 4  # tokens of a beam a call; after each call the search may end, as the beams that go on can't win any more
 

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from recalign_jax.corpus.catalog import EOS_ID
 from recalign_jax.decoding.cache import Cache
-from recalign_jax.decoding.trie import EOS_ID, Trie
+from recalign_jax.decoding.trie import Trie
 
 # XLA's CPU reduction with an exponential takes about eight times as long per element on rows wider than this.
 _WIDE_ROW = 32_768

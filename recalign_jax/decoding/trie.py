@@ -13,10 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from recalign_jax.corpus.catalog import EOS_ID, PAD_ID
 from recalign_jax.errors import InputError
-
-PAD_ID = 0  # also the decoder's first input token
-EOS_ID = 1
 
 
 @jax.tree_util.register_dataclass
