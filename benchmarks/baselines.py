@@ -96,14 +96,18 @@ def run(row: Row, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     folder = args.output / row.corpus / row.name / str(seed)
     result = folder / "metrics.json"
     if not result.is_file():
-        command = ["recalign", "baseline", "--data_dir", args.data_dir, "--corpus", row.corpus, "--method", row.method]
-        command += ["--gin_file", row.gin_file, *row.arguments, "--split", args.split, "--output_dir", str(folder)]
-        if row.trained:
-            command += ["--seed", str(seed), "--model_dir", str(folder / "model")]
+        command = command_of(row, seed, args.data_dir, args.split, folder)
         print(shlex.join(command), file=sys.stderr, flush=True)
         program = [sys.executable, "-m", "recalign_jax.cli", *command[1:]]
         subprocess.run(program, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return json.loads(result.read_text(encoding="utf-8"))
+
+
+def command_of(row: Row, seed: int, data_dir: str, split: str, folder: pathlib.Path) -> list[str]:
+    """The `recalign baseline` of a run whose results are to be in `folder`."""
+    command = ["recalign", "baseline", "--data_dir", data_dir, "--corpus", row.corpus, "--method", row.method]
+    command += ["--gin_file", row.gin_file, *row.arguments, "--split", split, "--output_dir", str(folder)]
+    return [*command, "--seed", str(seed), "--model_dir", str(folder / "model")] if row.trained else command
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ compared with earlier ones user by user, and the page can be written again from 
 import hashlib
 import json
 import pathlib
+import statistics
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -40,6 +41,25 @@ class Runs(NamedTuple):
     mean: dict[str, Any] | None = None
 
 
+class Spread(NamedTuple):
+    """Mean and standard deviation over seeds; of one seed there is no deviation."""
+
+    mean: float
+    deviation: float | None
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f}" if self.deviation is None else f"{self.mean:.4f} ± {self.deviation:.4f}"
+
+
+def spread(runs: Runs, family: str, metric: str) -> Spread | None:
+    """A metric of a row; None if only the mean of other metrics is kept."""
+    if runs.mean:
+        mean, deviation = (runs.mean[part][family].get(metric) for part in ("mean", "deviation"))
+        return None if mean is None else Spread(mean, deviation)
+    values = [record["metrics"][family][metric] for record in runs.records]
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
 def keep(evaluated: pathlib.Path, about: dict[str, Any], records: pathlib.Path) -> None:
     """Keeps a finished run.
 
@@ -64,7 +84,11 @@ def keep(evaluated: pathlib.Path, about: dict[str, Any], records: pathlib.Path) 
             columns[_column(family, name)] = table[name].cast(pyarrow.float32())
     if len(users) != 1:
         raise InputError(f"{evaluated}: its evaluations are of different users.")
-    record = about | {"chosen": told.get("step"), "users": users.pop(), "metrics": metrics}
+    record = about | {
+        "chosen": told.get("step", told.get("best", {}).get("step")),
+        "users": users.pop(),
+        "metrics": metrics,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / f"{about['seed']}.parquet") as aside:
         # Columns have few different values: of 22,000 users they are some ten kilobytes.

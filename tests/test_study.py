@@ -5,6 +5,8 @@ import functools
 import itertools
 import json
 import pathlib
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,7 +18,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from benchmarks import results, study, study_records, study_verdicts
+from benchmarks import results, results_page, results_summary, study, study_records, study_verdicts
 from benchmarks.study_claims import Claim, claims, tables
 from benchmarks.study_verdicts import Judged
 from recalign_jax import cli, gin_config
@@ -27,6 +29,7 @@ from tests.corpora import prepared, write_tables
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 EXPERIMENTS = "gin_configs/experiments"
+GIVEN = "--gin.TASK_FEATURE_LENGTHS={'inputs': 32, 'targets': 8}"
 
 
 # The rows.
@@ -66,6 +69,7 @@ def test_a_row_differs_from_the_base_in_what_its_name_says(row):
         ("_no_prefixes", "PREFIX_AUGMENTATION", "False"),
         ("_neighbours", "NEIGHBOURS", "5"),
         ("_equal", "MIXTURE_TEMPERATURE", "1000000.0"),
+        ("_100", "RANKING_CANDIDATES", "100"),
     ):
         if task.endswith(ending):
             task, expected[name] = task.removesuffix(ending), value
@@ -73,6 +77,8 @@ def test_a_row_differs_from_the_base_in_what_its_name_says(row):
         task = task.removesuffix("_long")
         expected |= {"TRAIN_STEPS": "32000", "EVAL_PERIOD": "4000", "MAX_EVAL_USERS": "4000"}
         expected["BEST_METRIC"] = "'validation_ndcg@10'"
+    if task.endswith("_wide"):
+        task, long["token"] = task.removesuffix("_wide"), ("{'inputs': 256, 'targets': 48}", "16")
     if item_format in long:
         expected["TASK_FEATURE_LENGTHS"], expected["BATCH_SIZE"] = long[item_format]
     if item_format == "title":
@@ -285,7 +291,7 @@ def test_a_real_run(tmp_path, monkeypatch, capsys):
     assert inputs < told["tokens"] < 1.2 * inputs  # and targets
     results.keep(tmp_path / "out", None, "test", tmp_path / "records")
     found = study_records.read(tmp_path / "records", results.known_rows())
-    page, drawn = results.render(found, {}, "results")
+    page, drawn = results_page.render(found, {}, "results")
     figures = json.loads((tmp_path / "out" / told["row"] / "5/test/metrics.json").read_text())["rating"]
     assert f"| movielens_token_rating_aligned | **{figures['rmse']:.4f}** | **{figures['mae']:.4f}** | 1 | 4 |" in page
     assert list(drawn) == ["rating_on_movielens_100k.svg"]
@@ -352,12 +358,13 @@ def folders(tmp_path):
                 "tokens": 80_000_000 + 10_000_000 * seed,
                 "seconds": 600.0 * (seed + 1),
             }
-            record |= {"cores": 2, "bindings": ["--gin.X=1 2"] if name == "retrieval" else []}
+            record |= {"cores": 2, "bindings": [GIVEN] if name == "retrieval" else []}
             (runs / row / str(seed) / "study.json").write_text(json.dumps(record))
     (runs / "beauty_token_retrieval_mim/0").mkdir(parents=True)  # has begun
     for name, chance in (("popularity", 0.1), ("sasrec", 0.6)):
         more = {"training_seconds": 30.0} if name == "sasrec" else {}
         write(tmp_path / "baselines/test/amazon_beauty" / name / "0", f"amazon_beauty/{name}", 0, chance, **more)
+    (tmp_path / "README.md").write_text(f"Before.\n{results_summary.BEGIN}\n{results_summary.END}\nAfter.\n")
     return tmp_path, told
 
 
@@ -368,6 +375,7 @@ def kept(folder: pathlib.Path) -> dict[str, study_records.Runs]:
 
 def write_page(folder: pathlib.Path, monkeypatch, *arguments: str) -> str:
     where = ["--records", str(folder / "records"), "--output", str(folder / "results.md")]
+    where += ["--readme", str(folder / "README.md")]
     monkeypatch.setattr(sys, "argv", ["results.py", *arguments, *where])
     results.main()
     return (folder / "results.md").read_text()
@@ -423,11 +431,39 @@ def test_the_page_has_the_numbers_of_the_folders(folders, monkeypatch, capsys):
     assert every.count("\n| beauty_token") == 5
     assert "\n| beauty_token_retrieval | 0 | 7,000 | 80,000,000 | 600 | " in every
     assert "\n| beauty_token_retrieval | 1 | 7,000 (chosen: 4,000) | 90,000,000 | 1,200 | " in every
-    command = "recalign train --gin_file gin_configs/experiments/study_beauty_token_retrieval.gin --gin.SEED="
-    assert f"\n{command}0 --gin.MODEL_DIR=runs/study/beauty_token_retrieval/0 '--gin.X=1 2'\n" in every
-    assert f"\n{command}2 --gin.MODEL_DIR=runs/study/beauty_token_retrieval/2 '--gin.X=1 2'\n" in every
+    assert "\n| amazon_beauty/sasrec | 0 | - | - | 30 | " in every
+    place = "--gin_file gin_configs/experiments/study_beauty_token_retrieval.gin --gin.SEED=0"
+    place += " --gin.MODEL_DIR=runs/study/beauty_token_retrieval/0"
+    trained = f"recalign train --data_dir DIR {place} {shlex.quote(GIVEN)}"
+    assert f"\n{trained}\nrecalign eval --data_dir DIR " in every
+    assert "--gin.OUTPUT_DIR=runs/study/beauty_token_retrieval/0/test" in every
+    assert "recalign baseline --data_dir DIR --corpus amazon_beauty --method sasrec --gin_file" in every
     assert "- beauty_token_retrieval_aligned: seed 2\n- beauty_token_ranking: seeds 0, 1, 2\n" in missing
     assert "- beauty_token_retrieval:" not in missing
+    assert "- amazon_beauty/sasrec: seeds 1, 2\n" in missing
+    assert "- amazon_beauty/popularity" not in missing
+
+    summary = (folder / "README.md").read_text()
+    assert summary.startswith(f"Before.\n{results_summary.BEGIN}\n\n| NDCG@10 of retrieval | alone |")
+    assert summary.endswith(f"\n\n{results_summary.END}\nAfter.\n")
+    shown = {name: cells[name][column].strip("*").replace("0.", ".") for name in cells}
+    assert (
+        f"| Beauty, items as tokens | {shown['beauty_token_retrieval']} |  |  | "
+        f"▲ {shown['beauty_token_retrieval_aligned']} | {shown['amazon_beauty/popularity']} |  |  | "
+        f"{shown['amazon_beauty/sasrec']} |\n"
+    ) in summary
+    assert "| Leaving the items of the history out helps | " in summary
+    (folder / "README.md").write_text("No place.")
+    with pytest.raises(InputError, match="README has no place for the tables"):
+        write_page(folder, monkeypatch)
+
+
+def test_a_verdict_of_one_seed_says_so():
+    claim = next(claim for claim in claims() if claim.worse == "amazon_beauty/popularity")
+    assert study_verdicts.of_one_seed(claim, Judged(0.1, 0.05, 0.15, (1, 1)))
+    assert not study_verdicts.of_one_seed(claim, Judged(0.1, 0.05, 0.15, (3, 1)))  # popularity has no seed
+    alone = next(claim for claim in claims() if claim.better == claim.worse)
+    assert study_verdicts.of_one_seed(alone, Judged(0.1, 0.05, 0.15, (1, 1)))
 
 
 def test_verdicts(folders):
@@ -482,7 +518,7 @@ def test_a_row_is_kept_with_one_set_of_settings(folders):
         kept(folder)
     # What was given counts, also where the other run has no such setting.
     record.write_text(json.dumps(changed | {"settings": {"DROPOUT_RATE": "0.1"}, "bindings": []}))
-    with pytest.raises(InputError, match=r"\(given was --gin.X=1 2, is nothing\)"):
+    with pytest.raises(InputError, match=re.escape(f"(given was {GIVEN}, is nothing)")):
         kept(folder)
 
 
@@ -505,15 +541,18 @@ def test_what_was_judged_from_more_seeds_stays(folders):
     mean = {"mean": {"retrieval": {"ndcg@10": 0.1234}}, "deviation": {"retrieval": {"ndcg@10": 0.0011}}}
     (place / "mean.json").write_text(json.dumps(mean | {"seeds": 3, "seconds": 90.0}))
     found = study_records.read(folder / "records", results.known_rows())
-    page, _ = results.render(found, before, "results")
-    assert "| amazon_beauty/bprmf | - | - | - | 0.1234 ± 0.0011 | - | - | 3 | - | - | 1.5 |" in page
+    page, _ = results_page.render(found, before, "results")
+    assert "| amazon_beauty/bprmf † | - | - | - | 0.1234 ± 0.0011 | - | - | 3 | - | - | 1.5 |" in page
     assert "| 2 and 3 | supported, *judged earlier* |" in page
 
 
 def test_the_page_of_the_repository_is_what_its_records_say():
     found = study_records.read(study_records.RECORDS, results.known_rows())
-    page, drawn = results.render(found, study_verdicts.read_judged(study_records.RECORDS), "results")
+    judged = study_verdicts.read_judged(study_records.RECORDS)
+    page, drawn = results_page.render(found, judged, "results")
     docs = gin_config.PROJECT_ROOT / "docs"
+    readme = (gin_config.PROJECT_ROOT / "README.md").read_text()
+    assert results_summary.replaced(readme, results_summary.render(found, judged)) == readme
     assert page == (docs / "results.md").read_text()
     assert set(drawn) == {path.name for path in (docs / "results").glob("*.svg")}
 
@@ -536,5 +575,17 @@ def test_the_interval_of_a_difference():
     expected = 2 * 1.96 * np.std(better - worse) / np.sqrt(500)
     assert high - low == pytest.approx(expected, rel=0.1)
     # What seeds differ by is in the interval too: here users are all alike, and two seeds are 1 apart.
-    value, low, high = study_verdicts.difference(np.array([[0.0], [1.0]]), np.array([[0.0]]), np.asarray, 1.0)
-    assert (value, low, high) == (0.5, 0.0, 1.0)
+    # Drawn means are 0, .5 and 1, of variance 1 / 8; that of the mean of two such seeds is 1 / 4.
+    seeds = np.array([[0.0], [1.0]])
+    value, low, high = study_verdicts.difference(seeds, np.array([[0.0]]), np.asarray, 1.0)
+    assert (value, low, high) == pytest.approx((0.5, 0.5 - 0.5**0.5, 0.5 + 0.5**0.5))
+    # Of the same models a seed is drawn for both sides.
+    told = study_verdicts.difference(seeds + 0.25, seeds, np.asarray, 1.0, same_models=True)
+    assert told == pytest.approx((0.25, 0.25, 0.25))
+
+
+def test_intervals_of_few_seeds_have_the_variance_of_their_mean():
+    random = np.random.default_rng(0)
+    seeds = random.normal(size=5)[:, None]
+    _, low, high = study_verdicts.difference(seeds, np.zeros((1, 1)), np.asarray, 1.0)
+    assert high - low == pytest.approx(2 * 1.96 * np.std(seeds, ddof=1) / 5**0.5, rel=0.1)
