@@ -1,6 +1,6 @@
-"""What a person sees: progress with rate and ETA, and tables. Everything here goes to standard error or,
-for results, to standard output through one shared console. Of several processes only process 0 speaks, but for
-warnings, which say whose they are."""
+"""What a person sees: progress with rate and ETA on standard error, results and tables on standard output.
+
+Of several processes only process 0 speaks, but for warnings, which say whose they are."""
 
 import contextlib
 import os
@@ -86,12 +86,12 @@ def progress(description: str, total: int | None, unit: str = "it", done: int = 
 @contextlib.contextmanager
 def _bar(description: str, total: int | None, unit: str, done: int) -> Iterator[Advance]:
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         _RateColumn(unit),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True)) as bars:
         task = bars.add_task(description, total=total, completed=done, note="")

@@ -147,10 +147,9 @@ def of_corpora(name: str, vocabulary_path: str, data_dir: str | pathlib.Path | N
     parts, words, options = task_names.split_name(name, data_dir), vocabulary.load(vocabulary_path), TaskOptions()
     found: list[CorpusTask] = []
     for corpus in (load_corpus(corpus, data_dir) for corpus in parts.corpora):
-        families = task_names.MIXTURES.get(parts.base, (parts.base,))
-        if parts.base == "all":  # what the corpus can give
-            families = task_names.mixtures(specs.gives_ratings(corpus))["all"]
-        for family in families:
+        if parts.base == "all":
+            specs.warn_of_ratings(corpus)
+        for family in specs.families_in(parts.base, corpus):
             found.append(_corpus_task(specs.make_spec(corpus, family, parts.item_format, words, options)))
     return _with_shares(name, [(task, _rate(task)) for task in found])
 

@@ -12,8 +12,8 @@ from recalign_jax.corpus.candidates import NEGATIVES, NUM_TEST_NEGATIVES
 from recalign_jax.corpus.catalog import FIELDS, MAX_ITEM_TOKENS, Catalog, Pieces, build_catalog, item_pieces
 from recalign_jax.corpus.corpus import Corpus, load_corpus
 from recalign_jax.errors import InputError, check_kinds, did_you_mean
-from seqio_tasks import ambiguity, prompts, vocabulary
-from seqio_tasks.task_names import MIXTURES, RATED_FAMILIES, TaskName, split_name, with_format
+from seqio_tasks import ambiguity, prompts, task_names, vocabulary
+from seqio_tasks.task_names import MIXTURES, RATED_FAMILIES, TaskName, split_name
 from seqio_tasks.vocabulary import Vocabulary
 
 MAX_RATING_VALUES = 100
@@ -179,12 +179,16 @@ def can_be_rated(corpus: Corpus) -> bool:
     return corpus.ratings is not None and corpus.num_rating_values <= MAX_RATING_VALUES
 
 
-def gives_ratings(corpus: Corpus) -> bool:
-    """`can_be_rated`, with a warning where there are ratings, but too many different ones."""
-    rated = can_be_rated(corpus)
-    if corpus.ratings is not None and not rated:
+def families_in(base: str, corpus: Corpus) -> tuple[str, ...]:
+    """The families of a task or mixture of a corpus; of `all` those that it can give."""
+    rated = base != "all" or can_be_rated(corpus)
+    return tuple(family for family in task_names.members(base) if rated or family not in RATED_FAMILIES)
+
+
+def warn_of_ratings(corpus: Corpus) -> None:
+    """Warns where there are ratings, but too many different ones."""
+    if corpus.ratings is not None and not can_be_rated(corpus):
         terminal.warn(f"{corpus.name} has {corpus.num_rating_values} different ratings: too many for rating tasks.")
-    return rated
 
 
 def _check_ratings(corpus: Corpus) -> None:
@@ -196,13 +200,6 @@ def _check_ratings(corpus: Corpus) -> None:
         )
 
 
-def check_family(spec: TaskSpec, family: str) -> None:
-    """Raises InputError when a task is of another family than a command needs."""
-    if spec.family != family:
-        fitting = f"{spec.corpus.name}_{with_format(family, spec.catalog.item_format)}"
-        raise InputError(f"TASK_NAME {spec.name} is a {spec.family} task; {family} is needed here, as {fitting}.")
-
-
 def task_spec(name: str, vocabulary_path: str, data_dir: str | pathlib.Path | None) -> TaskSpec:
     """The task of that name, with the options that gin holds.
 
@@ -211,7 +208,7 @@ def task_spec(name: str, vocabulary_path: str, data_dir: str | pathlib.Path | No
     """
     parts = split_name(name, data_dir)
     if len(parts.corpora) > 1 or parts.base in MIXTURES:
-        fitting = parts.of(parts.corpora[0], MIXTURES.get(parts.base, (parts.base,))[0])
+        fitting = parts.of(parts.corpora[0], task_names.members(parts.base)[0])
         raise InputError(f"{name!r} is a mixture; a single task is needed here, as {fitting!r}.")
     [corpus] = parts.corpora
     words = vocabulary.load(vocabulary_path)

@@ -53,6 +53,11 @@ def families(rated: bool) -> tuple[str, ...]:
     return tuple(family for family in FAMILIES if rated or family not in RATED_FAMILIES)
 
 
+def members(base: str) -> tuple[str, ...]:
+    """The families in a mixture; of a family itself."""
+    return MIXTURES.get(base, (base,))
+
+
 def mixtures(rated: bool) -> dict[str, tuple[str, ...]]:
     """The mixtures that a corpus gives, and the families in each."""
     given = families(rated)

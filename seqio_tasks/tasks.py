@@ -133,7 +133,8 @@ def register(corpus_dir: str | None = None, vocabulary_path: str | None = None) 
 
 
 def _register(corpus: Corpus, words: vocabulary.Vocabulary, options: TaskOptions) -> list[str]:
-    rated = specs.gives_ratings(corpus)
+    specs.warn_of_ratings(corpus)
+    rated = specs.can_be_rated(corpus)
     names = []
     for item_format in ITEM_FORMATS:
         for family in task_names.families(rated):

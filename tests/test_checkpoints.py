@@ -1,7 +1,9 @@
 """Checkpoints that were altered, cut short, or could not be written: found out, named, and none good is lost."""
 
+import errno
 import json
 import os
+import pathlib
 import shutil
 import signal
 
@@ -149,6 +151,25 @@ def test_sigterm_while_a_checkpoint_is_read_is_no_damage(two_steps, tmp_path, it
         monkeypatch.setattr(serialization, "_read_shard", read_and_be_told)
     with preemption.handled(), pytest.raises(Preempted):
         restore(tmp_path / "run", jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    assert not list((tmp_path / "run").glob("damaged*"))
+    monkeypatch.undo()
+    check(restore(tmp_path / "run"), 2)
+
+
+@pytest.mark.parametrize("read", ["metadata", "parameters"])
+def test_what_cannot_be_read_now_is_no_damage(two_steps, tmp_path, read, monkeypatch):
+    """Too many open files, a file system that is away, ...: the newest checkpoint is not given up for an older one."""
+    shutil.copytree(two_steps, tmp_path / "run")
+
+    def refuse(*arguments, **named):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    if read == "metadata":
+        monkeypatch.setattr(pathlib.Path, "read_text", refuse)
+    else:
+        monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", refuse)
+    with pytest.raises(RunError, match=r"checkpoints/2 can't be read now .*Too many open files.*Run the same command"):
+        restore(tmp_path / "run")
     assert not list((tmp_path / "run").glob("damaged*"))
     monkeypatch.undo()
     check(restore(tmp_path / "run"), 2)

@@ -273,6 +273,30 @@ def test_evaluation_takes_a_converted_checkpoint(run, shop_corpus, shop_words, c
     assert step == 1
 
 
+def test_a_run_that_goes_on_meanwhile(params, convert, tmp_path, monkeypatch):
+    """The checkpoint that was the newest is converted, all of it."""
+    real = saved.read_metadata
+
+    def save_step(step):
+        changed = jax.tree.map(lambda leaf: leaf + step, params)
+        with training.open_checkpoints(str(tmp_path / "run")) as checkpoints:
+            metadata = {"identity": {}, "model": dataclasses.asdict(SMALL), "positions": []}
+            training.save(checkpoints, step, changed, {"count": np.int32(step)}, metadata)
+
+    def read_and_save(folder):
+        metadata = real(folder)
+        if not (tmp_path / "run" / "checkpoints" / "2").exists():
+            save_step(2)
+        return metadata
+
+    save_step(1)
+    monkeypatch.setattr(saved, "read_metadata", read_and_save)
+    convert(tmp_path / "run", tmp_path / "own", "recalign")
+    assert (tmp_path / "run" / "checkpoints" / "2").exists()
+    loaded, _ = saved.load_params(str(tmp_path / "own"), shapes_of(SMALL))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b + 1), loaded, params)
+
+
 @pytest.mark.parametrize("grown", [False, True])
 def test_adapters_are_merged_with_their_base(folder, params, convert, tmp_path, grown):
     """A run of `LORA_RANK` saves its adapters alone; whatever is made of them holds the sum."""

@@ -224,7 +224,7 @@ def test_a_model_that_diverged_is_an_error(folder, tmp_path, capsys, monkeypatch
         (["--gin.SHARD=2", "--gin.NUM_SHARDS=2"], "shop_retrieval", "SHARD 2 of NUM_SHARDS 2"),
         (["--gin.SPLIT=train"], "shop_retrieval", "SPLIT is 'train', not one of test, validation, all"),
         ([], "shop_ranking", "give --gin.INPUT=PATH"),
-        ([], "shop_rating", "retrieval is needed here"),
+        ([], "shop_rating", "give one that recommends, as shop_retrieval"),
         (["--gin.CATEGORY=ketle"], "shop_retrieval", "Did you mean 'kettle'?"),
         (["--gin.CATEGORY=kettle"], "shop_ranking", "a ranking task has its candidates"),
         (["--gin.INPUT=nowhere.csv"], "shop_retrieval", "nowhere.csv"),
@@ -232,6 +232,26 @@ def test_a_model_that_diverged_is_an_error(folder, tmp_path, capsys, monkeypatch
 )
 def test_what_cannot_be_done_is_said(infer, arguments, task, message):
     assert message in infer(*arguments, task=task, status=2)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "trained", "family", "taught"),
+    [
+        ("ranking_shop", "retrieval_aligned", "ranking", False),
+        ("shop_allowed", "retrieval", "rating", False),
+        ("shop", "all_token", "rating", True),
+        ("shop", "ranking_aligned", "ranking", True),
+        ("shop", "rating_random", "rating", True),
+    ],
+)
+def test_a_family_that_a_model_was_not_taught_is_warned_of(tmp_path, capsys, corpus, trained, family, taught):
+    (tmp_path / corpus / "arrays").mkdir(parents=True)
+    (tmp_path / corpus / "corpus.json").touch()
+    (tmp_path / corpus / "arrays" / "ratings.npy").touch()
+    identity = {"MIXTURE_OR_TASK_NAME": f"'{corpus}_{trained}'"}
+    model = common.Model(None, None, None, 1, None, "run", identity)
+    infer_module._warn_untrained(model, family, str(tmp_path))
+    assert ("nothing there taught it" in capsys.readouterr().err) == (not taught)
 
 
 def test_the_guides_beam_pipeline_answers_as_the_command_does(infer, folder, histories, tmp_path, monkeypatch):

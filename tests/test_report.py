@@ -326,6 +326,23 @@ def test_seeds_in_folders_without_a_common_name_are_called_by_all(tmp_path):
     assert set(labels_of(found, [], lambda one: "shop").values()) == {"s0, s1"}
 
 
+def test_many_different_ratings_are_shown_in_bins(shop):
+    corpus = load_corpus("shop", shop / "data")
+    ratings = np.linspace(0, 10, corpus.num_interactions, dtype=np.float32)
+    [panel] = [p for p in curves.of_corpus(dataclasses.replace(corpus, ratings=ratings)) if p.name == "ratings_shop"]
+    assert "0 to 1: " in panel.description
+    assert panel.description.count(" to ") == 10
+
+
+def test_an_evaluation_that_does_not_say_its_split_is_of_no_corpus(shop):
+    corpus = load_corpus("shop", shop / "data")
+    _, evaluations = runs.find([str(shop / "runs")])
+    fitting = [one for one in evaluations if corpora.is_of(one, corpus)]
+    assert fitting
+    told = {name: value for name, value in fitting[0].told.items() if name != "split"}
+    assert not corpora.is_of(dataclasses.replace(fitting[0], told=told), corpus)
+
+
 def test_prompts_are_not_shown_of_another_corpus(shop):
     [run, *_] = [run for run in runs.find([str(shop / "runs")])[0] if run.kind == "train"]
     found = {"shop": load_corpus("shop", shop / "data")}

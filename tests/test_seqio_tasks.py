@@ -1,10 +1,12 @@
 """SeqIO sees the same samples as the trainer: registration, mixtures, packing by SeqIO's own converter, sharding."""
 
+import dataclasses
 import functools
 import itertools
 from collections import Counter
 
 import gin
+import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
@@ -358,9 +360,6 @@ def test_a_task_by_name(shop_corpus, shop_words, data_dir):
     assert spec.num_tokens == shop_words.num_tokens + shop_corpus.num_items
     assert spec.corpus.fingerprint == shop_corpus.fingerprint
     assert spec.vocabulary.fingerprint == shop_words.fingerprint
-    specs.check_family(spec, "retrieval")
-    with pytest.raises(InputError, match="a mim task; retrieval is needed here, as shop_retrieval_token"):
-        specs.check_family(make("shop_mim_token"), "retrieval")
     with pytest.raises(InputError, match="'shop_retrieval_aligned' is a mixture"):
         make("shop_retrieval_aligned")
 
@@ -369,6 +368,20 @@ def test_no_corpus_can_have_a_name_that_ends_like_a_task():
     for name in task_names.names_for("shop", rated=True):
         with pytest.raises(InputError, match="tasks are named CORPUS_TASK"):
             check_name(name)
+    for name in ("retrieval", "rating_random", "token"):  # of `retrieval_token` it would be the corpus
+        with pytest.raises(InputError, match="tasks are named CORPUS_TASK"):
+            check_name(name)
+
+
+def test_the_families_in_a_mixture(shop_corpus):
+    every = ("retrieval", "ranking", "rating", "mim", "mlm", "bpr")
+    assert specs.families_in("all", shop_corpus) == every
+    unrated = dataclasses.replace(shop_corpus, ratings=None)
+    many = dataclasses.replace(shop_corpus, ratings=np.arange(len(shop_corpus.ratings), dtype=np.float32))
+    for corpus in (unrated, many):
+        assert specs.families_in("all", corpus) == tuple(family for family in every if family != "rating")
+        assert specs.families_in("rating_aligned", corpus) == ("rating", "bpr")  # which `make_spec` refuses
+    assert specs.families_in("mim", unrated) == ("mim",)
 
 
 # Items that no model can tell apart.

@@ -141,22 +141,18 @@ def test_a_saved_trie_is_the_same(tmp_path):
     assert trie_file.load(tmp_path / "none.npz", "of this catalogue") is None
 
 
-def test_a_damaged_trie_is_named(tmp_path):
+def test_a_damaged_trie_is_named_and_built_again(tmp_path, capsys):
     path, rng = tmp_path / "trie.npz", np.random.default_rng(0)
     trie_file.save(build(*random_catalogue(rng)), path, "")
     whole = path.read_bytes()
     for damaged in (b"", whole[: len(whole) // 2], b"PK" + whole[2000:]):
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match=r"trie\.npz is no trie, or damaged"):
-            trie_file.load(path, "")
+        assert trie_file.load(path, "") is None
+        assert "trie.npz is no trie, or damaged" in capsys.readouterr().err.replace("\n", "")
     # A changed byte is found, or it changes nothing that is read.
     for place in rng.integers(0, len(whole), 200):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
-        try:
-            found = trie_file.load(path, "")
-        except InputError:
-            continue
-        if found is not None:
+        if (found := trie_file.load(path, "")) is not None:
             path.write_bytes(whole)
             same = trie_file.load(path, "")
             assert jax.tree.structure(found) == jax.tree.structure(same)

@@ -1,4 +1,4 @@
-"""What every baseline here gives, scores of all items, as ranked lists and as scores of candidates."""
+"""What every baseline that ranks gives, scores of all items, as ranked lists and as scores of candidates."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial

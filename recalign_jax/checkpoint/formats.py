@@ -43,7 +43,7 @@ class Checkpoint:
       config: of its model, as far as the checkpoint tells it.
       arrays: by the names of its format.
       sources: where the format has our parameters.
-      folder: on this machine, None if it is elsewhere.
+      folder: on this machine, None if it is elsewhere; of one of our own MODEL_DIR/checkpoints/STEP.
       identity: of the run, if it is of `recalign train`.
       model: the fields of `config` that the checkpoint tells; others are T5.1.1's.
       fingerprints: hashes of its parameters by path, if it is one of our own that holds them all; see `check_whole`.
@@ -61,7 +61,8 @@ class Checkpoint:
 
     def check_whole(self, found: Mapping[str, int]) -> None:
         """Raises DamagedCheckpoint when parameters that were read have other hashes than were saved with them."""
-        saved.check_fingerprints(str(self.folder), self.fingerprints, found)
+        if self.fingerprints and self.folder is not None:
+            saved.check_hashes(self.folder, self.fingerprints, found)
 
 
 def open_checkpoint(path: str) -> Checkpoint:
@@ -147,12 +148,15 @@ def _open_t5x(path: str, folder: pathlib.Path | None) -> Checkpoint:
     return Checkpoint(path, t5x.which(path) or "", config, arrays, t5x.sources, folder, model=_seen(config))
 
 
-def _open_own(path: str, folder: pathlib.Path) -> Checkpoint:
-    identity, model = saved.read_identity(str(folder)), saved.read_model(str(folder))
-    arrays, hashes = saved.read_arrays(str(folder)), saved.read_fingerprints(str(folder))
+def _open_own(path: str, given: pathlib.Path) -> Checkpoint:
+    # Once: where its run goes on, another one is the newest soon.
+    folder = locations.folder_of(*locations.locate(str(given)))
+    metadata = saved.read_metadata(folder)
+    identity, model = metadata["identity"], metadata.get("model", {})
+    arrays, hashes = saved.read_arrays(str(folder)), saved.hashes_of_params(metadata)
     config = T5Config(**model | {"mlp_activations": tuple(model["mlp_activations"])}) if model else None
     if "base" in identity:
-        saved.check_fingerprints(str(folder), hashes, one_by_one(arrays))
+        saved.check_hashes(folder, hashes, one_by_one(arrays))
         hashes = {}  # of the adapters
         arrays = _merged(path, arrays, LoraOptions(**identity["lora"]), identity["base"], config)
     if config is None:

@@ -81,7 +81,7 @@ def load_trained(path: str, config: T5Config, params: Any) -> tuple[Any, int]:
     """Reads the parameters of a checkpoint of `recalign train`; adapters are merged with their base.
 
     Args:
-      path: as `locations.locate` takes it; where its run may go on meanwhile, `saved.pinned`.
+      path: as `locations.locate` takes it; of several processes `saved.pinned`.
       config: of the model.
       params: its parameters' ShapeDtypeStructs with shardings.
 
@@ -92,16 +92,18 @@ def load_trained(path: str, config: T5Config, params: Any) -> tuple[Any, int]:
       InputError: when there is no checkpoint, it doesn't fit, it was trained with a model that computes something else,
         or the base of its adapters is gone or was changed.
     """
-    identity = saved.read_identity(path)
-    check_model(path, saved.read_model(path), config)
+    folder = locations.folder_of(*locations.locate(path))
+    metadata = saved.read_metadata(folder)
+    identity = metadata["identity"]
+    check_model(path, metadata.get("model", {}), config)
     if "base" not in identity:
-        return saved.load_params(path, params)
+        return saved.load_params(str(folder), params)
     options, told = LoraOptions(**identity["lora"]), identity["base"]
     base = _placed(our_params(open_base(path, told), config, told["seed"]), params)
     check_base(path, told, base)
     adapters = jax.eval_shape(lambda key: lora.init_adapters(params, options, key), jax.random.key(0))
     mesh = jax.tree.leaves(params)[0].sharding.mesh
-    trained, step = saved.load_params(path, partitioning.with_shardings(adapters, mesh))
+    trained, step = saved.load_params(str(folder), partitioning.with_shardings(adapters, mesh))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
     merge = jax.jit(functools.partial(lora.merge, options=options), out_shardings=shardings, donate_argnums=0)
     return merge(base, trained), step

@@ -11,6 +11,7 @@ items: evaluation and inference read the parameters alone. The metadata is JSON:
 A converted model has no positions and no record, and only its parameters' hashes.
 """
 
+import errno
 import functools
 import hashlib
 import json
@@ -27,12 +28,17 @@ from recalign_jax import distributed
 from recalign_jax.checkpoint import locations
 from recalign_jax.checkpoint.arrays import Array, open_orbax, open_store
 from recalign_jax.checkpoint.fingerprints import by_path, fingerprints
-from recalign_jax.errors import InputError, Preempted
+from recalign_jax.errors import InputError, Preempted, RunError
 
 _ADVICE = {
     "params": "Give the model's own gin file and the vocabulary it was trained with.",
     "optimizer": "Give the optimizer that it was saved with (OPTIMIZER, WEIGHT_DECAY, ...), or begin anew from its "
     "parameters: another MODEL_DIR and --gin.INITIAL_CHECKPOINT={folder}.",
+}
+# Errors of a machine or file system, which say nothing of what is in a file.
+_PASSING = {
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR, errno.EIO, errno.EACCES, errno.EPERM),
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENOTCONN),
 }
 _Read = TypeVar("_Read")
 
@@ -47,12 +53,18 @@ def sealed(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_metadata(folder: pathlib.Path) -> dict[str, Any]:
-    """The metadata of a checkpoint. Raises DamagedCheckpoint."""
+    """The metadata of a checkpoint.
+
+    Raises:
+      DamagedCheckpoint: when they are not there, or not what was saved.
+      RunError: when they can't be read now.
+    """
     try:
         metadata = json.loads((folder / "metadata" / "metadata").read_text(encoding="utf-8"))
         checksum = metadata.pop("checksum", None)
         intact = checksum in (None, _checksum(metadata)) and isinstance(metadata["identity"], dict)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        _raise_if_passing(folder, error)
         raise _damaged(folder, f"its metadata can't be read ({error})") from error
     if not intact:
         raise _damaged(folder, "its metadata are not those that were saved")
@@ -99,7 +111,8 @@ def read_tree(folder: pathlib.Path, item: str, tree: Any, metadata: dict[str, An
 
     Raises:
       InputError: when an array is missing, left over or of another shape.
-      DamagedCheckpoint: when it can't be read, or is not what was saved.
+      DamagedCheckpoint: when its files are damaged, or hold something else than was saved.
+      RunError: when they can't be read now.
     """
     was_saved = any(name.startswith(f"{item}/") for name in metadata.get("fingerprints", {}))
     if not was_saved and not (folder / item).exists():
@@ -117,6 +130,7 @@ def read_tree(folder: pathlib.Path, item: str, tree: Any, metadata: dict[str, An
             except Exception as error:  # whatever a library finds in a damaged file
                 if told := next((cause for cause in _causes(error) if isinstance(cause, Preempted)), None):
                     raise told from None  # SIGTERM while it is read, which Orbax wraps
+                _raise_if_passing(folder, error)
                 if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                     raise  # too little memory is no damage
                 raise _damaged(folder, f"{item} can't be {what} ({_first_line(error)})") from error
@@ -130,12 +144,13 @@ def read_tree(folder: pathlib.Path, item: str, tree: Any, metadata: dict[str, An
     if saved is not None:
         found = fingerprints({item: restored})
         # One process alone may have read other bits.
-        agreed(folder, functools.partial(_check_hashes, folder, saved, found))
+        agreed(folder, functools.partial(check_hashes, folder, saved, found))
     return restored
 
 
-def _check_hashes(folder: pathlib.Path, saved: Mapping[str, int], found: Mapping[str, int]) -> None:
-    if changed := [name for name, value in found.items() if saved.get(name) != value]:
+def check_hashes(folder: pathlib.Path, saved: Mapping[str, int], found: Mapping[str, int]) -> None:
+    """Raises DamagedCheckpoint when arrays of a checkpoint, by path, have other hashes than were saved with it."""
+    if changed := sorted(name for name in found.keys() & saved.keys() if found[name] != saved[name]):
         raise _damaged(folder, f"{_some(changed)} is not what was saved")
 
 
@@ -175,21 +190,10 @@ def read_identity(path: str) -> dict[str, Any]:
     return read_metadata(locations.folder_of(*locations.locate(path)))["identity"]
 
 
-def read_model(path: str) -> dict[str, Any]:
-    """The configuration of a checkpoint's model (fields of T5Config); empty if it doesn't say."""
-    return read_metadata(locations.folder_of(*locations.locate(path))).get("model", {})
-
-
-def read_fingerprints(path: str) -> dict[str, int]:
-    """The hashes of a checkpoint's parameters by their paths, which it was saved with."""
-    saved = read_metadata(locations.folder_of(*locations.locate(path))).get("fingerprints", {})
+def hashes_of_params(metadata: dict[str, Any]) -> dict[str, int]:
+    """The hashes of a checkpoint's parameters by their paths, which it was saved with; empty if it has none."""
+    saved = metadata.get("fingerprints", {})
     return {name.removeprefix("params/"): value for name, value in saved.items() if name.startswith("params/")}
-
-
-def check_fingerprints(path: str, saved: Mapping[str, int], found: Mapping[str, int]) -> None:
-    """Raises DamagedCheckpoint when parameters of a checkpoint, by path, have other hashes than were saved."""
-    if changed := sorted(name for name in found.keys() & saved.keys() if found[name] != saved[name]):
-        raise _damaged(locations.folder_of(*locations.locate(path)), f"{_some(changed)} is not what was saved")
 
 
 def read_arrays(path: str) -> dict[str, Array]:
@@ -239,6 +243,16 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
+
+
+def _raise_if_passing(folder: pathlib.Path, error: BaseException) -> None:
+    """Raises RunError for too many open files, a file system that is away, and the like: that is no damage."""
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.errno in _PASSING:
+            raise RunError(
+                f"Checkpoint {folder} can't be read now ({cause}). Run the same command again; if it stays so, move "
+                "the checkpoint out of its folder, and an older one is taken."
+            ) from error
 
 
 def _first_line(error: Exception) -> str:

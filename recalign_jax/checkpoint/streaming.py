@@ -25,7 +25,7 @@ def save_streaming(
       model_dir: the folder to write into.
       step: the checkpoint's number.
       params: by path.
-      metadata: see the module.
+      metadata: as `checkpoint.saved` says.
       advance: called with 1 for each parameter that is written.
     """
     handlers = ocp.type_handlers

@@ -34,7 +34,7 @@ PROMPT_SETTINGS = ("HISTORY_LENGTH", "MAX_ITEM_TOKENS", "ITEM_FIELDS", "NEIGHBOU
 
 
 class Model(NamedTuple):
-    """A trained model, and the MODEL_DIR it comes from."""
+    """A trained model, the MODEL_DIR it comes from, and what it was trained with."""
 
     config: T5Config
     graphdef: nnx.GraphDef
@@ -42,6 +42,7 @@ class Model(NamedTuple):
     step: int
     mesh: jax.sharding.Mesh
     model_dir: str
+    identity: dict[str, Any]
 
 
 def model_config(num_tokens: int) -> T5Config:
@@ -83,10 +84,11 @@ def load_model(spec: TaskSpec, checkpoint_path: str, mesh_shape: dict[str, int] 
     partitioning.check_batch_size(batch_macro, DecodingOptions().batch_size, mesh)
     config = model_config(spec.num_tokens)
     checkpoint_path = saved.pinned(checkpoint_path)
-    _check_trained_for(spec, checkpoint_path)
+    identity = saved.read_identity(checkpoint_path)
+    _check_trained_for(spec, checkpoint_path, identity)
     shapes = partitioning.with_shardings(t5.abstract_params(config), mesh)
     params, step = load_trained(checkpoint_path, config, shapes)
-    return Model(config, t5.graph(config), params, step, mesh, locations.model_dir_of(checkpoint_path))
+    return Model(config, t5.graph(config), params, step, mesh, locations.model_dir_of(checkpoint_path), identity)
 
 
 def make_evaluation(
@@ -142,8 +144,7 @@ def _in_force(bound: Mapping[str, str], macro: str) -> str | None:
     return bound.get(value[1:]) if value.startswith("%") else value
 
 
-def _check_trained_for(spec: TaskSpec, checkpoint_path: str) -> None:
-    trained = saved.read_identity(checkpoint_path)
+def _check_trained_for(spec: TaskSpec, checkpoint_path: str, trained: dict[str, Any]) -> None:
     item_format = spec.catalog.item_format
     formats = {name.split()[-1] for name in trained if name.startswith("catalog ")}
     if trained.get("vocabulary", spec.vocabulary.fingerprint) != spec.vocabulary.fingerprint:

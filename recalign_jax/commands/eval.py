@@ -100,7 +100,7 @@ def evaluation_command(gin_files: list[str], data_dir: str | None, checkpoint: s
         parts = task_names.split_name(name.strip("'"), data_dir)
     except InputError:  # of a module of the user's own
         return []
-    if not set(EVALUATED) & {*task_names.MIXTURES.get(parts.base, (parts.base,))}:
+    if not set(EVALUATED) & {*task_names.members(parts.base)}:
         return []
     files, settings = evaluation_settings(gin_files, trained)
     values = {"TASK_NAME": parts.of(parts.corpora[0], parts.base), "CHECKPOINT_PATH": checkpoint} | settings
@@ -159,8 +159,8 @@ def evaluated(name: str, vocabulary_path: str, data_dir: str | None) -> list[Tas
     if len(parts.corpora) > 1:
         raise InputError(f"TASK_NAME {name} is of several corpora; evaluate one at a time, as "
                          f"{parts.of(parts.corpora[0], parts.base)}.")  # fmt: skip
-    named = [family for family in task_names.MIXTURES.get(parts.base, (parts.base,)) if family in EVALUATED]
-    families = [family for family in named if family in fitting] or named  # of these `make_spec` says what is wrong
+    # What the corpus can't give though it is named, `make_spec` says.
+    families = [family for family in specs.families_in(parts.base, corpus) if family in EVALUATED]
     if not families:
         names = ", ".join(parts.of(corpus.name, family) for family in fitting)
         raise InputError(f"TASK_NAME {name} recommends nothing that could be evaluated. Give one of {names}, or a "

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import gin
 
 from recalign_jax import __version__, files, gin_config, partitioning, recommender, terminal
-from recalign_jax.checkpoint import saved
 from recalign_jax.checkpoint.fingerprints import fingerprints
-from recalign_jax.commands.common import load_model
+from recalign_jax.commands.common import Model, load_model
 from recalign_jax.corpus import more_items
 from recalign_jax.corpus.corpus import Corpus
 from recalign_jax.errors import InputError, check_choice, check_kinds
@@ -25,7 +24,7 @@ from recalign_jax.inference.job import AnswerRequests
 from recalign_jax.inference.requests import Requests
 from recalign_jax.inference.rows import Needs, Request
 from recalign_jax.recommender import DecodingOptions
-from seqio_tasks import specs
+from seqio_tasks import specs, task_names
 from seqio_tasks import vocabulary as vocabularies
 
 USES_GIN = True
@@ -150,10 +149,15 @@ def load(data_dir: str | None, options: InferOptions) -> Answering:
     vocabulary = vocabularies.find(gin_config.required("VOCABULARY", options.vocabulary, "PATH"), data_dir)
     spec = specs.task_spec(task_name, vocabulary, data_dir)
     if spec.family not in FAMILIES:
-        specs.check_family(spec, "retrieval")
+        fitting = task_names.with_format("retrieval", spec.catalog.item_format)
+        raise InputError(
+            f"TASK_NAME {spec.name} is a {spec.family} task; give one that recommends, as {spec.corpus.name}_{fitting}."
+        )
     model = load_model(spec, checkpoint_path, options.mesh, "BATCH_SIZE")
-    for family in ["ranking"] * (spec.family == "ranking") + ["rating"] * options.ratings:
-        _warn_untrained(checkpoint_path, family)
+    if spec.family == "ranking":
+        _warn_untrained(model, "ranking", data_dir)
+    if options.ratings:
+        _warn_untrained(model, "rating", data_dir)
     corpus = spec.corpus
     if options.items is not None:
         if spec.catalog.item_format != "title":
@@ -212,10 +216,14 @@ def _what_counts(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in ("dropout_rate", "remat", "batch_size")}
 
 
-def _warn_untrained(checkpoint_path: str, family: str) -> None:
-    mixture = saved.read_identity(checkpoint_path).get("MIXTURE_OR_TASK_NAME", "")
-    if mixture and family not in mixture and "_all" not in mixture:
-        terminal.warn(f"{checkpoint_path} was trained on {mixture}: nothing there taught it {family}.")
+def _warn_untrained(model: Model, family: str, data_dir: str | None) -> None:
+    mixture = model.identity.get("MIXTURE_OR_TASK_NAME", "").strip("'")
+    try:
+        trained = task_names.members(task_names.split_name(mixture, data_dir).base)
+    except InputError:  # of a module of the user's own, or of a corpus that isn't here
+        return
+    if not any(member.startswith(family) for member in trained):  # rating_random teaches rating
+        terminal.warn(f"{model.model_dir} was trained on {mixture}: nothing there taught it {family}.")
 
 
 def _requests(answering: Answering, options: InferOptions) -> Requests:

@@ -250,7 +250,7 @@ def _objection(name: str) -> str:
     if name in _OTHER_FOLDERS:
         return f"the data directory keeps {name} there"
     for suffix in _RESERVED_SUFFIXES:
-        if name.endswith(suffix):
+        if f"_{name}".endswith(suffix):
             return f"tasks are named CORPUS_TASK, so no corpus may end in {suffix!r}"
     return ""
 

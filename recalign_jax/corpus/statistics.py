@@ -44,7 +44,7 @@ def statistics(corpus: Corpus) -> dict[str, Any]:
         },
     }
     if corpus.ratings is not None:
-        numbers["ratings"] = _histogram(corpus.ratings)
+        numbers["ratings"] = rating_counts(corpus.ratings)
     return numbers
 
 
@@ -58,7 +58,7 @@ def rating_text(rating: float) -> str:
     return np.format_float_positional(np.float32(rating), trim="-")
 
 
-def _histogram(ratings: np.ndarray) -> dict[str, int]:
+def rating_counts(ratings: np.ndarray) -> dict[str, int]:
     """Returns how often each rating occurs; of many different ones, in ten bins of equal width."""
     values, counts = np.unique(ratings, return_counts=True)
     if len(values) <= _MAX_RATING_VALUES:

@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from recalign_jax import terminal
 from recalign_jax.decoding.trie import Trie
-from recalign_jax.errors import InputError
 from recalign_jax.files import atomic_file
 
 _ABOUT = "about"  # beside the arrays: the static fields and the fingerprint, as JSON
@@ -35,10 +35,8 @@ def load(path: str | os.PathLike[str], fingerprint: str) -> Trie | None:
     """Reads a trie that `save` wrote.
 
     Returns:
-      The trie; None if there is no such file, or it is of something with another fingerprint.
-
-    Raises:
-      InputError: the file is damaged.
+      The trie; None if there is no such file, it is of something with another fingerprint, or (with a warning) it is
+      damaged: then it is built again.
     """
     names = {field.name for field in dataclasses.fields(Trie)}
     try:
@@ -52,6 +50,5 @@ def load(path: str | os.PathLike[str], fingerprint: str) -> Trie | None:
     except FileNotFoundError:
         return None
     except (zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError, OSError) as error:
-        raise InputError(
-            f"{os.fspath(path)} is no trie, or damaged ({error}): delete it, it is built again."
-        ) from error
+        terminal.warn(f"{os.fspath(path)} is no trie, or damaged ({error}): it is built again.")
+        return None

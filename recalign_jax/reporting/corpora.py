@@ -78,7 +78,9 @@ def is_of(evaluation: Evaluation, corpus: Corpus) -> bool:
         if family in evaluation.told:
             rows = user_rows(evaluation, family, ("user", "target"))[:_COMPARED_ROWS]
             users = corpus.evaluation_users[: len(rows)]
-            targets = corpus.targets(evaluation.told["split"])[: len(rows)]
+            if not (split := evaluation.told.get("split")):
+                return False
+            targets = corpus.targets(split)[: len(rows)]
             there = [
                 {"user": corpus.user_source_id(user), "target": corpus.item_source_id(target)}
                 for user, target in zip(users, targets, strict=True)
@@ -123,12 +125,10 @@ def prompts(run: Run, data_dir: str | None, corpora: dict[str, Corpus]) -> list[
     options = TaskOptions(**gin_text.parameters(run.values, "TaskOptions"))
     lengths = run.values["InputOptions.task_feature_lengths"]
     limits = Limits(lengths["inputs"], lengths["targets"])
-    rated = all(corpora[name].ratings is not None for name in parts.corpora)
-    families = task_names.mixtures(rated).get(parts.base, (parts.base,))
     tasks = [
         specs.make_spec(corpora[name], family, parts.item_format, words, options)
         for name in parts.corpora
-        for family in families
+        for family in specs.families_in(parts.base, corpora[name])
     ]
     return [_samples(spec, run.values["TrainOptions.seed"], limits) for spec in tasks]
 

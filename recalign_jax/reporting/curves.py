@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from recalign_jax.corpus.corpus import Corpus
+from recalign_jax.corpus.statistics import rating_counts
 from recalign_jax.reporting import figures
 from recalign_jax.reporting.comparisons import Comparison
 from recalign_jax.reporting.figures import Panel, Series
@@ -94,11 +95,10 @@ def of_corpus(corpus: Corpus) -> list[Panel]:
         _histogram(corpus, "items", "Interactions of an item in training", popularity, "items"),
     ]
     if corpus.ratings is not None:
-        values, counts = np.unique(corpus.ratings, return_counts=True)
-        if len(values) <= 20:
-            names = [f"{value:g}" for value in values]
-            figure = figures.histogram(counts, names, "rating", "interactions")
-            found.append(_counted(f"ratings_{corpus.name}", f"Ratings, {corpus.name}", names, counts, figure))
+        occurring = rating_counts(corpus.ratings)
+        names, counts = list(occurring), np.array(list(occurring.values()))
+        figure = figures.histogram(counts, names, "rating", "interactions")
+        found.append(_counted(f"ratings_{corpus.name}", f"Ratings, {corpus.name}", names, counts, figure))
     return found
 
 
