@@ -52,11 +52,11 @@ from recalign_jax import gin_config
 from recalign_jax.commands.common import model_config
 from recalign_jax.corpus.catalog import EOS_ID
 from recalign_jax.corpus.corpus import load_corpus
-from recalign_jax.decoding import forced
+from recalign_jax.decoding import forced, permitted
 from recalign_jax.decoding.beam_search import Beams, advance, widths_of
 from recalign_jax.decoding.cache import follow_parents, slot_order
 from recalign_jax.decoding.finished import none
-from recalign_jax.decoding.permitted import Permitted, permitted
+from recalign_jax.decoding.permitted import Permitted
 from recalign_jax.decoding.scoring import Decoder, log_normalizer
 from recalign_jax.decoding.trie import Trie, build_trie
 from recalign_jax.model import t5
@@ -211,7 +211,7 @@ def search(steps: Steps, cache: Any, trie: Trie, num_beams: int, depths: int) ->
     users = jax.tree.leaves(cache)[0].shape[1]
     random = np.random.default_rng(0)
     excluded = np.stack([random.choice(len(trie.item_of_rank), EXCLUDED, replace=False) for _ in range(users)])
-    ranks = permitted(trie, jnp.asarray(excluded)).ranks
+    ranks = permitted.from_items(trie, jnp.asarray(excluded)).ranks
     beams, finished, states = first_beams(trie, users, num_beams), none(users, TOP_K), []
     for depth in range(depths):
         widths = tuple(widths_of(trie)) if depth else (trie.root_branch,)
@@ -331,7 +331,7 @@ def compare_static(count: int, pairs: int) -> dict[str, Any]:
         decoder = Decoder(
             lambda tokens, position, cache: (logits[:, :, None], cache), lambda hidden: hidden, no_token_logits
         )
-        nothing_excluded = permitted(trie, jnp.zeros((batch, 0), jnp.int32))
+        nothing_excluded = permitted.from_items(trie, jnp.zeros((batch, 0), jnp.int32))
         *found, cache = advance(
             decoder, trie, nothing_excluded, depth, beams.node, beams, finished, cache,
             widths=widths, num_beams=num_beams, length_penalty=0.0, scores="vocabulary",

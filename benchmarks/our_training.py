@@ -78,7 +78,7 @@ def state_and_step(config: T5Config, optimizer_name: str, num_tasks: int) -> tup
     optimizer = make_optimizer(optimizer_name, LEARNING_RATE)
     initialize, shapes = abstract_state(config, optimizer, mesh)
     step = make_train_step(t5.graph(config), optimizer, StepOptions(), num_tasks, 0)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    shardings = partitioning.shardings_of(shapes)
     state = jax.jit(initialize, out_shardings=shardings)(jax.random.key(0))
     return state, jit_train_step(step, shapes, mesh)
 

@@ -29,7 +29,7 @@ vocabulary="$run/data/vocabularies/movielens_1000.model"
 
 say "3/7 training a small T5: retrieval + MIM + MLM"
 recalign train --gin_file gin_configs/experiments/quickstart.gin \
-  --gin.VOCABULARY="$vocabulary" --gin.MODEL_DIR="$run/model" --json | tee "$run/train.log"
+  --gin.VOCABULARY="$vocabulary" --gin.MODEL_DIR="$run/model"
 
 say "4/7 evaluation on the test split, all items ranked"
 recalign eval --gin_file gin_configs/models/t5_tiny_tied.gin --gin_file gin_configs/runs/eval.gin \

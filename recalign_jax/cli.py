@@ -1,14 +1,16 @@
 """`recalign <command>`: one table of commands; each is imported only when it is called."""
 
 import argparse
+import contextlib
 import errno
 import importlib
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from recalign_jax import __version__
@@ -74,7 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from recalign_jax import distributed, terminal
 
     try:
-        return distributed.end(_run(name, rest), together=True)
+        with _leaving_on_sigterm() if name == "train" else contextlib.nullcontext():
+            ended = _run(name, rest)
+        return distributed.end(ended, together=True)
     except RecalignError as error:
         print(f"recalign {name}: {terminal.prefix()}{error.message}", file=sys.stderr)
         return distributed.end(error.exit_status, error.message, together=isinstance(error, Preempted))
@@ -89,6 +93,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         distributed.await_others_failure()
         traceback.print_exc()
         return distributed.end(1, repr(error))
+
+
+@contextlib.contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """Before a run minds SIGTERM by itself (imports, gin files, waiting for other processes) nothing can be lost."""
+
+    def leave(*_: object) -> None:
+        # Not by an exception or print, which may not get through from wherever Python is.
+        os.write(2, f"recalign train: {Preempted.nothing_to_save}\n".encode())
+        os._exit(Preempted.exit_status)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        import jax
+
+        if not jax.distributed.is_initialized():  # JAX has a handler of its own then
+            signal.signal(signal.SIGTERM, before)
 
 
 def _run(name: str, arguments: list[str]) -> int:

@@ -38,6 +38,7 @@ class Preempted(RecalignError):
     """A run that was told to leave (SIGTERM) and goes on with the same command. Exit status 75, EX_TEMPFAIL."""
 
     exit_status = 75
+    nothing_to_save = "SIGTERM: left with nothing to save. The same command goes on."
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

@@ -159,6 +159,11 @@ def with_shardings(params: Any, mesh: Mesh) -> Any:
     )
 
 
+def shardings_of(tree: Any) -> Any:
+    """The shardings of arrays, or of ShapeDtypeStructs that have some."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of arrays [B, ...]: rows are split over 'data' and 'fsdp', whose product must divide B."""
     return NamedSharding(mesh, PartitionSpec(MESH_AXES["batch"]))

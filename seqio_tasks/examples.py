@@ -13,8 +13,6 @@ import numpy as np
 from recalign_jax.corpus import holdout
 from recalign_jax.corpus.corpus import Corpus
 
-SPLITS = ("train", "validation", "test")
-
 
 class Query(NamedTuple):
     """What a user had, and what came next."""
@@ -56,7 +54,7 @@ def next_item(corpus: Corpus, split: str, index: int, prefixes: bool = True) -> 
 
     Args:
       corpus: the corpus.
-      split: one of SPLITS.
+      split: one of `holdout.SPLITS`.
       index: 0 .. num_next_items - 1.
       prefixes: whether every prefix of a training part is an example, or only the longest.
     """
@@ -90,7 +88,7 @@ def random_rating(corpus: Corpus, split: str, index: int) -> RatedQuery:
 @functools.lru_cache(maxsize=16)
 def random_part(corpus: Corpus, split: str) -> np.ndarray:
     """The interactions of a part of the random split: positions in the arrays of the corpus, int64."""
-    return np.flatnonzero(_random_parts(corpus) == holdout.RANDOM_PARTS.index(split))
+    return np.flatnonzero(_random_parts(corpus) == holdout.SPLITS.index(split))
 
 
 def window_end(corpus: Corpus, split: str, index: int) -> tuple[int, int]:

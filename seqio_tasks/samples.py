@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from recalign_jax.corpus import holdout
 from seqio_tasks import examples, next_items, windows, writing
 from seqio_tasks.specs import TaskSpec
 from seqio_tasks.writing import NO_LIMITS, Limits, Sample
@@ -26,7 +27,7 @@ def render(spec: TaskSpec, split: str, index: int, epoch: int = 0, seed: int = 0
 
     Args:
       spec: the task.
-      split: one of `examples.SPLITS`.
+      split: one of `holdout.SPLITS`.
       index: 0 .. num_examples - 1.
       epoch: changes the random parts of training examples; held-out examples are the same in all.
       seed: of the run.
@@ -40,7 +41,7 @@ def render(spec: TaskSpec, split: str, index: int, epoch: int = 0, seed: int = 0
     family = zlib.crc32(spec.family.encode())  # families don't share their draws
     where = (seed & 0xFFFFFFFF, epoch << 32 | index)
     if split != "train":
-        where = (examples.SPLITS.index(split) << 32, index)
+        where = (holdout.SPLITS.index(split) << 32, index)
     random = np.random.Generator(np.random.Philox(key=[where[0] ^ family << 32, where[1]]))
     return _FAMILIES[spec.family].render(spec, split, index, random, limits)
 

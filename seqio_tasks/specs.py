@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import gin
 
 from recalign_jax import terminal
-from recalign_jax.corpus.candidates import NEGATIVES, NUM_TEST_NEGATIVES
+from recalign_jax.corpus.candidates import CANDIDATE_SEED, NEGATIVES, NUM_TEST_NEGATIVES
 from recalign_jax.corpus.catalog import FIELDS, MAX_ITEM_TOKENS, Catalog, Pieces, build_catalog, item_pieces
 from recalign_jax.corpus.corpus import Corpus, load_corpus
 from recalign_jax.errors import InputError, check_kinds, did_you_mean
@@ -62,7 +62,7 @@ class TaskOptions:
     negatives: str = "uniform"
     ranking_candidates: int = 10
     test_negatives: int = NUM_TEST_NEGATIVES
-    candidate_seed: int = 0
+    candidate_seed: int = CANDIDATE_SEED
     rating_history: bool = True
     training_wordings: int = 3
     evaluation_wording: str = "seen"

@@ -12,9 +12,9 @@ import numpy as np
 from recalign_jax import terminal
 from recalign_jax.corpus.catalog import ITEM_FORMATS
 from recalign_jax.corpus.corpus import Corpus, corpora, data_dir_or_default, read_corpus
+from recalign_jax.corpus.holdout import SPLITS
 from recalign_jax.errors import InputError
 from seqio_tasks import samples, scoring, specs, task_names, vocabulary, writing
-from seqio_tasks.examples import SPLITS
 from seqio_tasks.specs import TaskOptions, TaskSpec
 from seqio_tasks.task_names import TaskName
 

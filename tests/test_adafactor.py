@@ -44,25 +44,7 @@ def stacked(tree):
     }
 
 
-def with_heads(tree):
-    """Attention kernels [..., D, N * H] -> [..., D, N, H] and [..., N * H, D] -> [..., N, H, D]."""
-
-    def split(name, array):
-        if re.search(r"(query|key|value)/kernel$", name):
-            return array.reshape(*array.shape[:-1], HEADS, -1)
-        if name.endswith("out/kernel"):
-            return array.reshape(*array.shape[:-2], HEADS, -1, array.shape[-1])
-        return array
-
-    return {name: split(name, array) for name, array in tree.items()}
-
-
-LAYOUTS = {
-    "unstacked": unstacked,
-    "stacked": stacked,
-    "unstacked, heads apart": with_heads,
-    "stacked, heads apart": lambda tree: with_heads(stacked(tree)),
-}
+LAYOUTS = {"unstacked": unstacked, "stacked": stacked}
 
 
 @pytest.fixture(scope="module")
@@ -172,11 +154,9 @@ def test_is_optax_adafactor_on_one_matrix_only():
 def test_leaf_axes():
     assert leaf_axes("token_embedder/embedding", (384, 32)) == ((), (0,), (1,))
     assert leaf_axes("encoder/layers/mlp/wo/kernel", (3, 64, 32)) == ((0,), (1,), (2,))
-    assert leaf_axes("encoder/layers/attention/value/kernel", (3, 32, 4, 8)) == ((0,), (1,), (2, 3))
-    assert leaf_axes("decoder/layers/self_attention/out/kernel", (3, 4, 8, 32)) == ((0,), (1, 2), (3,))
     assert leaf_axes("encoder/layers/pre_mlp_layer_norm/scale", (3, 32)) == ((0,), (), (1,))
     assert leaf_axes("temperature", ()) == ((), (), ())
-    with pytest.raises(ValueError, match=r"ROW_AXES must say which axes of conv/kernel"):
+    with pytest.raises(ValueError, match=r"conv/kernel, of shape \(3, 4, 5\), is no matrix"):
         leaf_axes("conv/kernel", (3, 4, 5))
 
 

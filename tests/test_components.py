@@ -133,12 +133,25 @@ def test_a_task_whose_features_are_no_tokens_is_an_input_error():
     assert task.num_examples("validation") == 0
 
 
-def test_a_module_that_is_not_there_is_an_input_error(shop_words, data_dir, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("module", "text", "message"),
+    [
+        ("no_such_module", None, "'no_such_module' can't be imported"),
+        ("module_cut_off", "x = 1\ndef task(:\n", "module_cut_off.py, line 2: "),
+        ("module_of_other_times", "from seqio_tasks import gone\n", "cannot import name 'gone'"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_an_input_error(
+    shop_words, data_dir, tmp_path, capsys, module, text, message
+):
+    if text:
+        (tmp_path / f"{module}.py").write_text(text)
     arguments = ("--gin_file", "gin_configs/models/t5_tiny.gin", "--gin_file", "gin_configs/runs/finetune.gin")
     where = (f"--gin.VOCABULARY={shop_words.path}", f"--gin.MODEL_DIR={tmp_path / 'run'}")
-    task = ("--gin.MIXTURE_OR_TASK_MODULE=no_such_module", "--gin.MIXTURE_OR_TASK_NAME=x")
+    task = (f"--gin.MIXTURE_OR_TASK_MODULE={module}", "--gin.MIXTURE_OR_TASK_NAME=x")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECALIGN_DATA_DIR", "")
         patch.setenv("RECALIGN_VOCABULARY", "")
+        patch.syspath_prepend(tmp_path)
         assert cli.main(["train", "--data_dir", str(data_dir), *arguments, *where, *task]) == 2
-    assert "MIXTURE_OR_TASK_MODULE 'no_such_module' can't be imported" in capsys.readouterr().err
+    assert message in capsys.readouterr().err.replace("\n", "")

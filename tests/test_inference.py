@@ -199,6 +199,9 @@ def test_unknown_items_are_dropped_with_their_ratings_or_the_row_is_rejected(sho
         request_of(shop_corpus, Needs(known_items=True), row)
     with pytest.raises(RowError, match="2 ratings for a history of 3"):
         request_of(shop_corpus, Needs(ratings=True), {**row, "ratings": [1, 2]})
+    for unheard_of in (0, 5.5, 7):
+        with pytest.raises(RowError, match=rf"rating {unheard_of} is outside of those of shop, 1 to 5"):
+            request_of(shop_corpus, Needs(ratings=True), {**row, "ratings": [1, 2, unheard_of]})
     with pytest.raises(RowError, match="no field 'ratings'"):
         request_of(shop_corpus, Needs(ratings=True), {"user": "a", "items": known})
 
@@ -210,6 +213,8 @@ def test_candidates_stand_once_and_must_be_known(shop_corpus):
     assert found.unknown == ("gone",)
     with pytest.raises(RowError, match="none of the candidates"):
         request_of(shop_corpus, Needs(candidates=True), {**row, "candidates": ["gone"]})
+    with pytest.raises(RowError, match="candidates is empty"):
+        request_of(shop_corpus, Needs(candidates=True), {**row, "candidates": []})
     with pytest.raises(RowError, match="no field 'candidates'"):
         request_of(shop_corpus, Needs(candidates=True), {"user": "a", "items": []})
 

@@ -1,6 +1,7 @@
 """Real processes that are killed, told to leave, or several at once: the run is always the same."""
 
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -44,6 +45,22 @@ def test_sigterm_saves_and_leaves_with_its_own_status(folder):
     (step,) = locations.steps(str(folder / "told"))
     assert last <= step <= last + 1
     assert f"SIGTERM: saved step {step}" in (folder / "told.log").read_text()
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="needs /proc, of Linux")
+def test_sigterm_before_the_run_leaves_with_the_same_status(folder):
+    process = kill_and_resume.train(folder, "early", 10**6)
+
+    def minds_sigterm():
+        status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+        caught = int(re.search(r"^SigCgt:\s*(\w+)", status, re.MULTILINE)[1], 16)
+        return caught >> (signal.SIGTERM - 1) & 1
+
+    kill_and_resume.until(process, minds_sigterm)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    assert "SIGTERM: left with nothing to save" in (folder / "early.log").read_text()
+    assert not (folder / "early").exists()
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from recalign_jax.corpus.catalog import title_text
 from recalign_jax.corpus.corpus import Corpus
+from recalign_jax.corpus.holdout import SPLITS
 from recalign_jax.errors import InputError
 from seqio_tasks import examples, prompts, samples, specs, task_names, writing
-from seqio_tasks.examples import SPLITS
 from seqio_tasks.prompts import CANDIDATES, HISTORY, ITEM
 from seqio_tasks.specs import TaskOptions, TaskSpec
 from seqio_tasks.writing import Limits

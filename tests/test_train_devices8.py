@@ -9,6 +9,7 @@ import pytest
 from recalign_jax import partitioning
 from recalign_jax.model.config import T5Config
 from recalign_jax.training.input_pipeline import InputOptions
+from recalign_jax.training.memory import Job
 from recalign_jax.training.optimizer import make_optimizer
 from recalign_jax.training.preemption import Preemption
 from recalign_jax.training.step import StepOptions
@@ -33,9 +34,8 @@ def losses(model_dir, mesh, corpus, words) -> list[float]:
     options = TrainOptions(model_dir=str(model_dir), train_steps=STEPS, log_period=1, checkpoint_period=STEPS)
     lengths = {"inputs": 64, "targets": 16}
     rows = InputOptions(task_feature_lengths=lengths, batch_size=16, window=64, data_shards=2)
-    train(
-        options, rows, StepOptions(), config, make_optimizer("adafactor", 1e-2), mesh, components, [], {}, Preemption()
-    )
+    job = Job(config, make_optimizer("adafactor", 1e-2), mesh, StepOptions(), rows)
+    train(options, job, components, [], {}, Preemption())
     return [json.loads(line)["loss"] for line in (model_dir / "metrics.jsonl").read_text().splitlines()]
 
 

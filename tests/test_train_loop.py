@@ -1,10 +1,13 @@
 """The train loop in one process: best checkpoint, early stopping, signals, crashes, and steps that go wrong."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
 import signal
+import sys
+import time
 
 import jax
 import numpy as np
@@ -17,6 +20,7 @@ from recalign_jax.errors import InputError, Preempted, RunError
 from recalign_jax.model.config import T5Config
 from recalign_jax.training import input_pipeline, log, preemption
 from recalign_jax.training.input_pipeline import InputOptions
+from recalign_jax.training.memory import Job
 from recalign_jax.training.optimizer import make_optimizer
 from recalign_jax.training.step import StepOptions
 from recalign_jax.training.train import TrainOptions, train
@@ -41,12 +45,10 @@ def run(shop_corpus, shop_words, tmp_path):
     def run(name, evaluators=(), learning_rate=1e-3, identity=None, mesh=None, schedule=None, **options):
         values = {"train_steps": 8, "log_period": 1, "checkpoint_period": 100, **options}
         mesh = partitioning.make_mesh({}, jax.devices()[:1]) if mesh is None else mesh
-        optimizer = make_optimizer("adamw", learning_rate)
+        job = Job(config, make_optimizer("adamw", learning_rate), mesh, StepOptions(), ROWS)
+        options = TrainOptions(model_dir=str(tmp_path / name), **values)
         with preemption.handled() as told:
-            return train(
-                TrainOptions(model_dir=str(tmp_path / name), **values), ROWS, StepOptions(), config, optimizer,
-                mesh, components, evaluators, identity or {}, told, schedule=schedule,
-            )  # fmt: skip
+            return train(options, job, components, evaluators, identity or {}, told, schedule=schedule)
 
     run.stream = input_pipeline.make_stream(components, "train", 0, ROWS)
     return run
@@ -155,6 +157,36 @@ def test_sigterm_in_a_step_saves_that_step(run, tmp_path):
     run("told")
     assert state(tmp_path / "told", 8) == state(tmp_path / "calm", 8)
     assert curve(tmp_path / "told") == curve(tmp_path / "calm")
+
+
+class Dying:
+    """Is told to leave while it is finalized, where nothing can be raised."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+
+def test_sigterm_where_nothing_can_be_raised_is_raised_again(capsys):
+    before, hook = signal.getsignal(signal.SIGALRM), sys.unraisablehook
+
+    def die_and_wait():
+        Dying()
+        time.sleep(10)
+
+    with preemption.handled(), pytest.raises(Preempted):
+        die_and_wait()
+    assert (signal.getsignal(signal.SIGALRM), sys.unraisablehook) == (before, hook)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_sigterm_that_something_caught_is_raised_before_the_loop():
+    with preemption.handled() as told:
+        with contextlib.suppress(Exception):  # as a library may
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Preempted), told.postponed():
+            pytest.fail("The loop begins.")
 
 
 def test_a_damaged_checkpoint_is_named_and_an_older_one_used(run, tmp_path, capsys):

@@ -104,7 +104,7 @@ def load_trained(path: str, config: T5Config, params: Any) -> tuple[Any, int]:
     adapters = jax.eval_shape(lambda key: lora.init_adapters(params, options, key), jax.random.key(0))
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     trained, step = saved.load_params(str(folder), partitioning.with_shardings(adapters, mesh))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    shardings = partitioning.shardings_of(params)
     merge = jax.jit(functools.partial(lora.merge, options=options), out_shardings=shardings, donate_argnums=0)
     return merge(base, trained), step
 

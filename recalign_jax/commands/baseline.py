@@ -14,10 +14,11 @@ from recalign_jax import terminal
 from recalign_jax.baselines import bprmf, itemknn, mf, popularity, sasrec, scores
 from recalign_jax.baselines.fit import FitOptions, Run, training_seconds
 from recalign_jax.checkpoint import locations
-from recalign_jax.corpus.candidates import NUM_TEST_NEGATIVES
+from recalign_jax.corpus.candidates import CANDIDATE_SEED, NUM_TEST_NEGATIVES
 from recalign_jax.corpus.corpus import Corpus, load_corpus
+from recalign_jax.corpus.holdout import HELD_OUT
 from recalign_jax.errors import InputError
-from recalign_jax.evaluation import ranking, rating, report, results, retrieval
+from recalign_jax.evaluation import ranking, rating, report, retrieval
 from recalign_jax.evaluation.results import EvaluationOptions, Result
 from recalign_jax.files import atomic_file
 from seqio_tasks import task_names
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "; settings for some corpora are in gin_configs/experiments/baselines_*.gin")  # fmt: skip
     parser.add_argument("--family", choices=families, help="evaluate only this (default: retrieval and ranking; of mf, "
                         "rating; rating_random is the random 8:1:1 split)")  # fmt: skip
-    parser.add_argument("--split", default="test", choices=results.SPLITS, help="to evaluate on (default test)")
+    parser.add_argument("--split", default="test", choices=HELD_OUT, help="to evaluate on (default test)")
     parser.add_argument("--max_users", type=int, help="evaluate only so many users")
     parser.add_argument("--seed", type=int, default=0, help="of a method that is trained (default 0)")
     parser.add_argument("--model_dir", metavar="DIR", help="for the log and checkpoints of a method that is trained; "
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         evaluation = dataclasses.replace(evaluation, max_users=args.max_users)
     tasks = [f"{corpus.name}_{family}" for family in families]
     told = {"method": args.method, "corpus": corpus.name, "tasks": tasks, "split": args.split}
-    of_candidates = {"test_negatives": NUM_TEST_NEGATIVES, "candidate_seed": ranking.CANDIDATE_SEED}
+    of_candidates = {"test_negatives": NUM_TEST_NEGATIVES, "candidate_seed": CANDIDATE_SEED}
     told["options"] = {"filter_history": evaluation.filter_history} | of_candidates
     options = method.options()
     told["method_options"] = dataclasses.asdict(options)

@@ -1,9 +1,7 @@
 """`recalign convert`: from a checkpoint of any format that is read to a Hugging Face folder or to one of our own."""
 
 import argparse
-import ast
 import pathlib
-import re
 import time
 from typing import Any
 
@@ -11,11 +9,9 @@ from recalign_jax import terminal
 from recalign_jax.checkpoint.convert import TARGETS, check_output, convert
 from recalign_jax.checkpoint.formats import HUGGING_FACE, RECALIGN, Checkpoint, open_checkpoint
 from recalign_jax.errors import InputError
+from recalign_jax.reporting import gin_text
 from seqio_tasks import vocabulary as vocabularies
 from seqio_tasks.vocabulary import Vocabulary
-
-# As gin writes the operative configuration: a long value begins on a line of its own.
-_VOCABULARY_OF_RUN = re.compile(r"^VOCABULARY = \\?\s*('.*'|\".*\")$", re.MULTILINE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,10 +86,10 @@ def _vocabulary(given: str | None, checkpoint: Checkpoint, data_dir: str | None)
         return vocabularies.load(str(checkpoint.folder / "spiece.model"))
     for folder in (checkpoint.folder, *checkpoint.folder.absolute().parents[:2]):
         config = folder / "config.gin"
-        named = _VOCABULARY_OF_RUN.search(config.read_text(encoding="utf-8")) if config.is_file() else None
+        named = gin_text.values(config.read_text(encoding="utf-8")).get("VOCABULARY") if config.is_file() else None
         if named:
             try:
-                words = vocabularies.load(vocabularies.find(ast.literal_eval(named[1]), data_dir))
+                words = vocabularies.load(vocabularies.find(str(named), data_dir))
             except InputError:  # it isn't here, or no longer what it was
                 return None
             return words if words.fingerprint == trained_with else None

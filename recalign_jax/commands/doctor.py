@@ -220,7 +220,7 @@ def train_step(made: dict[str, Any]) -> str:
     initialize, shapes = abstract_state(config, optimizer, over)
     step = jit_train_step(make_train_step(t5.graph(config), optimizer, StepOptions(), 1, 0), shapes, over)
     batch = random_batch(ROWS * over.shape["data"] * over.shape["fsdp"], partitioning.batch_sharding(over))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    shardings = partitioning.shardings_of(shapes)
     state = jax.jit(initialize, out_shardings=shardings)(jax.random.key(0))
     seconds = []
     for _ in range(2):

@@ -13,9 +13,10 @@ import numpy as np
 
 from recalign_jax import terminal
 from recalign_jax.corpus.corpus import VOCABULARIES, Corpus, corpora, data_dir_or_default, load_corpus
+from recalign_jax.corpus.holdout import SPLITS
 from recalign_jax.corpus.statistics import statistics
 from recalign_jax.errors import InputError
-from seqio_tasks import examples, samples, specs, task_names, vocabulary
+from seqio_tasks import samples, specs, task_names, vocabulary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="SentencePiece model for --task, or the name of one in DATA_DIR/vocabularies (default: "
         "$RECALIGN_VOCABULARY, then the newest of recalign vocab)",
     )
-    parser.add_argument("--split", default="train", choices=examples.SPLITS)
+    parser.add_argument("--split", default="train", choices=SPLITS)
     parser.add_argument("-n", type=int, default=3, help="how many samples")
     parser.add_argument("--seed", type=int, default=0, help="of the choice and the random parts of the samples")
 

@@ -25,6 +25,7 @@ from recalign_jax.model.lora import LoraOptions
 from recalign_jax.recommender import DecodingOptions, save_trie
 from recalign_jax.training import preemption
 from recalign_jax.training.input_pipeline import InputOptions
+from recalign_jax.training.memory import Job
 from recalign_jax.training.optimizer import handed_schedule, make_optimizer
 from recalign_jax.training.preemption import Preemption
 from recalign_jax.training.step import StepOptions, check_divides
@@ -137,18 +138,13 @@ def train_command(
         initial_params = functools.partial(load_initial, initial_checkpoint, config, options.seed)
     result = train(
         options,
-        input_options,
-        step_options,
-        config,
-        make_optimizer(),
-        mesh,
+        Job(config, make_optimizer(), mesh, step_options, input_options, lora_options),
         components,
         evaluators,
         identity=identity,
         preemption=told_to_leave,
         initial_params=initial_params,
         base=base,
-        lora_options=lora_options,
         schedule=handed_schedule(),
     )
     if jax.process_index() == 0:
@@ -163,7 +159,7 @@ def import_tasks(module: str, vocabulary: str, data_dir: str | None) -> None:
     It may call `seqio_tasks.register()` for all corpora of the data directory.
 
     Raises:
-      InputError: when there is no such module.
+      InputError: when there is no such module, or it can't be imported.
     """
     os.environ["RECALIGN_DATA_DIR"] = str(data_dir_or_default(data_dir))
     os.environ["RECALIGN_VOCABULARY"] = vocabulary
@@ -175,6 +171,12 @@ def import_tasks(module: str, vocabulary: str, data_dir: str | None) -> None:
     except ModuleNotFoundError as error:
         raise InputError(f"MIXTURE_OR_TASK_MODULE {module!r} can't be imported: {error}. It is looked for in the "
                          "current folder and on PYTHONPATH.") from None  # fmt: skip
+    except SyntaxError as error:  # of which gin would keep neither file nor line
+        raise InputError(
+            f"MIXTURE_OR_TASK_MODULE {module!r}: {error.filename}, line {error.lineno}: {error.msg}."
+        ) from None
+    except ImportError as error:
+        raise InputError(f"MIXTURE_OR_TASK_MODULE {module!r} can't be imported: {error}.") from None
 
 
 def evaluated(task_specs: list[TaskSpec]) -> Iterator[tuple[TaskSpec, str]]:

@@ -13,15 +13,16 @@ import numpy as np
 
 from recalign_jax import errors
 from recalign_jax.corpus.corpus import Corpus
+from recalign_jax.corpus.holdout import SPLITS
 
 NUM_TEST_NEGATIVES = 99  # the usual protocol: 1 + 99
-_SPLITS = ("validation", "test")
+CANDIDATE_SEED = 0
 # Draws of a kind, before what is left is looked at as a whole, which takes time for every item of the corpus.
 _MAX_ROUNDS = 8
 
 
 def held_out_candidates(
-    corpus: Corpus, split: str, user: int, target: int, count: int = NUM_TEST_NEGATIVES, seed: int = 0
+    corpus: Corpus, split: str, user: int, target: int, count: int = NUM_TEST_NEGATIVES, seed: int = CANDIDATE_SEED
 ) -> np.ndarray:
     """Returns the target and `count` uniform negatives of a held-out user, in random order: int32 [count + 1].
 
@@ -33,7 +34,7 @@ def held_out_candidates(
       count: fewer are returned where the user has met nearly all items.
       seed: of the candidates; another thing than the seed of a run.
     """
-    random = np.random.Generator(np.random.Philox(key=[seed, (_SPLITS.index(split) + 1) << 48 | user]))
+    random = np.random.Generator(np.random.Philox(key=[seed, SPLITS.index(split) << 48 | user]))
     found = negatives(corpus, target, corpus.sequence(user), count, random)
     return random.permutation(np.append(found, np.int32(target)))
 

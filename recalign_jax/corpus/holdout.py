@@ -11,7 +11,8 @@ import numpy as np
 from recalign_jax import errors
 
 MIN_INTERACTIONS = 3
-RANDOM_PARTS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test")
+HELD_OUT = SPLITS[1:]
 _FROM_END = {"validation": 2, "test": 1}
 
 
@@ -33,7 +34,7 @@ def target_positions(lengths: np.ndarray, split: str) -> np.ndarray:
 
 
 def random_parts(num_interactions: int) -> np.ndarray:
-    """Returns the part of each interaction in a fixed random 8:1:1 split: uint8 [N], a position in RANDOM_PARTS.
+    """Returns the part of each interaction in a fixed random 8:1:1 split: uint8 [N], a position in SPLITS.
 
     The usual protocol of rating prediction. It cuts across leave-one-out, so no mixture may hold both.
     """

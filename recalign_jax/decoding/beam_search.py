@@ -84,9 +84,11 @@ def beam_search(
     batch = jax.tree.leaves(cache)[0].shape[1]
     if excluded_items is None:
         excluded_items = jnp.zeros((batch, 0), jnp.int32)
-    allowed = permitted.permitted(trie, excluded_items, allowed_items)
+    permitted_items = permitted.from_items(trie, excluded_items, allowed_items)
 
-    step = partial(advance, decoder, trie, allowed, num_beams=num_beams, length_penalty=length_penalty, scores=scores)
+    step = partial(
+        advance, decoder, trie, permitted_items, num_beams=num_beams, length_penalty=length_penalty, scores=scores
+    )
     root = Beams(
         score=jnp.zeros((batch, 1)),
         node=jnp.zeros((batch, 1), jnp.int32),
@@ -123,9 +125,9 @@ def beam_search(
         score = jnp.where(may_win(depth, beams, finished), beams.score, -jnp.inf)
         cache = follow_parents(cache, beams.parent)
         finished = forced.finish(
-            decoder, trie, allowed, depth, score, beams.node, beams.end, finished, cache, length_penalty
+            decoder, trie, permitted_items, depth, score, beams.node, beams.end, finished, cache, length_penalty
         )
-    return finished_sequences.items_of(trie, allowed, finished)
+    return finished_sequences.items_of(trie, permitted_items, finished)
 
 
 def widths_of(trie: Trie) -> list[int]:
@@ -136,7 +138,7 @@ def widths_of(trie: Trie) -> list[int]:
 def advance(
     decoder: Decoder,
     trie: Trie,
-    allowed: Permitted,
+    permitted_items: Permitted,
     depth: jax.Array,
     tokens: jax.Array,
     beams: Beams,
@@ -166,7 +168,7 @@ def advance(
         exist = child < last[..., None]
         node = jnp.minimum(child, len(trie.token) - 1)
         child_score, end_score = score_next(trie.token[node], exist, start < stop)
-        is_open = exist & permitted.open_children(trie, allowed, beams.node, beams.end, width)
+        is_open = exist & permitted.open_children(trie, permitted_items, beams.node, beams.end, width)
         score = jnp.where(is_open, beams.score[..., None] + child_score, -jnp.inf)
         if scores == "vocabulary":
             return end_score, _best_children(score, num_beams), None
@@ -181,10 +183,10 @@ def advance(
     end_score, children, certain = jax.lax.switch(rung, [partial(look_ahead, width) for width in widths])
 
     end_score = (beams.score + end_score) / (depth + 1.0) ** length_penalty
-    finished = finished_sequences.best(finished, finished_sequences.of_run(allowed, end_score, start, stop))
+    finished = finished_sequences.best(finished, finished_sequences.of_run(permitted_items, end_score, start, stop))
     if certain is not None:
         node, end = _nodes(trie, beams, certain)
-        sequences = finished_sequences.of_run(allowed, certain.score, trie.first_item[node], end)
+        sequences = finished_sequences.of_run(permitted_items, certain.score, trie.first_item[node], end)
         finished = finished_sequences.best(finished, sequences)
     slots, parent = slot_order(children.parent, children.score > -jnp.inf)
     children = jax.tree.map(lambda array: jnp.take_along_axis(array, slots, axis=1), children)

@@ -25,7 +25,7 @@ class Permitted(NamedTuple):
     only: bool
 
 
-def permitted(trie: Trie, excluded_items: jax.Array, allowed_items: jax.Array | None = None) -> Permitted:
+def from_items(trie: Trie, excluded_items: jax.Array, allowed_items: jax.Array | None = None) -> Permitted:
     """From item numbers int32 [B, X] and [B, A]; those outside the catalogue, as -1, are padding.
 
     With `allowed_items` a user gets those of them that are not excluded; a row of padding allows nothing.
@@ -64,7 +64,7 @@ def open_children(trie: Trie, permitted: Permitted, node: jax.Array, end: jax.Ar
 
     Args:
       trie: the catalogue.
-      permitted: from `permitted`.
+      permitted: from `from_items`.
       node: int32 [B, K], distinct nodes of one level.
       end: int32 [B, K], one past the largest rank at or below each node; 0 takes a beam out.
       width: no node has more children.

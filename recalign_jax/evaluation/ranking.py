@@ -5,14 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from recalign_jax import metrics, terminal
-from recalign_jax.corpus.candidates import NUM_TEST_NEGATIVES, held_out_candidates
+from recalign_jax.corpus.candidates import CANDIDATE_SEED, NUM_TEST_NEGATIVES, held_out_candidates
 from recalign_jax.corpus.corpus import Corpus
 from recalign_jax.decoding.retrieve import padded
 from recalign_jax.evaluation import results
 from recalign_jax.evaluation.results import Result
 from seqio_tasks.examples import Query, ScoreCandidates
 
-CANDIDATE_SEED = 0
 KS = (1, 5, 10)
 METRICS = ("hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr@10")
 

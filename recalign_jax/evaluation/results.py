@@ -14,11 +14,10 @@ import numpy as np
 
 from recalign_jax import metrics, terminal
 from recalign_jax.corpus.corpus import Corpus
+from recalign_jax.corpus.holdout import HELD_OUT
 from recalign_jax.errors import InputError, check_kinds
 from recalign_jax.metrics import Estimate
 from seqio_tasks.examples import Query, RatedQuery
-
-SPLITS = ("validation", "test")
 
 
 @gin.configurable
@@ -71,15 +70,15 @@ class Result:
 
 def check_split(split: str) -> None:
     """Raises InputError when a split holds nothing to evaluate on."""
-    if split not in SPLITS:
-        raise InputError(f"SPLIT is {split!r}: evaluations are on {' or '.join(SPLITS)}.")
+    if split not in HELD_OUT:
+        raise InputError(f"SPLIT is {split!r}: evaluations are on {' or '.join(HELD_OUT)}.")
 
 
 def num_evaluated(corpus: Corpus, split: str, held_out: int, options: EvaluationOptions) -> int:
     """How many of the examples that a split holds out are evaluated.
 
     Raises:
-      InputError: when the split is none of SPLITS, or holds nothing.
+      InputError: when the split is none of HELD_OUT, or holds nothing.
     """
     check_split(split)
     if held_out == 0:

@@ -69,10 +69,12 @@ def request_of(corpus: Corpus, needs: Needs, row: reading.Row) -> Request:
         return found
 
     history = np.asarray(resolved(records.get(row, column), column if by_title else _HISTORIES[0]), np.int32)
-    ratings = _ratings(row, len(history), needs.ratings)
+    ratings = _ratings(corpus, row, len(history)) if needs.ratings else None
     candidates = np.zeros(0, np.int32)
     if needs.candidates:
         candidates = np.asarray(resolved(records.get(row, "candidates"), "candidates"), np.int32)
+        if not len(candidates):
+            raise RowError("candidates is empty")
         candidates = candidates[np.sort(np.unique(candidates, return_index=True)[1])]
         candidates = candidates[candidates >= 0]
         if not len(candidates):
@@ -118,13 +120,22 @@ def _title(value: Any, column: str) -> str:
     return title.casefold()
 
 
-def _ratings(row: reading.Row, count: int, needed: bool) -> np.ndarray | None:
-    if not needed:
-        return None
+def _ratings(corpus: Corpus, row: reading.Row, count: int) -> np.ndarray:
     ratings = [records.number(value, "each of ratings") for value in _list(records.get(row, "ratings"), "ratings")]
     if len(ratings) != count:
         raise RowError(f"{len(ratings)} ratings for a history of {count} items")
+    low, high = _scale(corpus)
+    for rating in ratings:
+        if not low <= rating <= high:
+            raise RowError(f"rating {rating:g} is outside of those of {corpus.name}, {low:g} to {high:g}")
     return np.asarray(ratings, np.float32)
+
+
+@functools.lru_cache(maxsize=2)
+def _scale(corpus: Corpus) -> tuple[float, float]:
+    """The least and the greatest rating."""
+    assert corpus.ratings is not None
+    return float(corpus.ratings.min()), float(corpus.ratings.max())
 
 
 @functools.lru_cache(maxsize=2)

@@ -8,9 +8,8 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from recalign_jax.corpus.candidates import NUM_TEST_NEGATIVES
+from recalign_jax.corpus.candidates import CANDIDATE_SEED, NUM_TEST_NEGATIVES
 from recalign_jax.corpus.corpus import Corpus
-from recalign_jax.evaluation.ranking import CANDIDATE_SEED
 from recalign_jax.reporting.corpora import fingerprint_of
 from recalign_jax.reporting.runs import Evaluation, Run
 from recalign_jax.training import steering

@@ -1,13 +1,12 @@
 """Adafactor (Shazeer and Stern 2018, arXiv:1804.04235) as T5X runs it, for layers stacked in one array.
 
 T5X gives every kernel of every layer statistics of its own. Here the layers of a stack share an array
-[layers, ...], and so do their statistics, but no mean is ever taken over `layers`. An attention kernel may keep its
-heads apart, [D, N, H]: it counts as the matrix [D, N * H]. `leaf_axes` says which axis of a parameter is which.
+[layers, ...], and so do their statistics, but no mean is ever taken over `layers`. `leaf_axes` says which axis of a
+parameter is which.
 """
 
 import functools
 import math
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,11 +18,6 @@ from jax.sharding import PartitionSpec
 
 # A parameter has one leading axis more for each part of its path that is named here.
 STACKED = ("layers",)
-# The number of axes that make the rows of a parameter with more than two axes; the others are its columns.
-ROW_AXES = (
-    (re.compile(r"(query|key|value)/kernel$"), 1),  # [D, N, H]
-    (re.compile(r"out/kernel$"), 2),  # [N, H, D]
-)
 
 
 class LeafAxes(NamedTuple):
@@ -52,18 +46,13 @@ def leaf_axes(path: str, shape: tuple[int, ...]) -> LeafAxes:
     """Which axes of the parameter `path` (its names joined by `/`) are stacked, rows and columns.
 
     Raises:
-      ValueError: for a parameter of more than two axes that ROW_AXES does not name.
+      ValueError: for a parameter of more than two axes.
     """
     stacked = sum(part in STACKED for part in path.split("/"))
     axes = tuple(range(stacked, len(shape)))
-    if len(axes) < 2:
-        rows = 0
-    elif len(axes) == 2:
-        rows = 1
-    else:
-        rows = next((number for pattern, number in ROW_AXES if pattern.search(path)), 0)
-        if not rows:
-            raise ValueError(f"Adafactor: ROW_AXES must say which axes of {path}, of shape {shape}, are its rows.")
+    if len(axes) > 2:
+        raise ValueError(f"Adafactor: {path}, of shape {shape}, is no matrix; which of its axes are rows isn't known.")
+    rows = 1 if len(axes) == 2 else 0
     return LeafAxes(tuple(range(stacked)), axes[:rows], axes[rows:])
 
 

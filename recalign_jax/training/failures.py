@@ -51,9 +51,9 @@ def not_finite(
 
 
 @contextlib.contextmanager
-def out_of_memory_explained(*setup: Any) -> Iterator[None]:
-    """Turns a device's lack of memory in training into advice; takes what `memory.advice` takes."""
-    with _out_of_memory("Out of memory", lambda: memory.advice(*setup)):
+def out_of_memory_explained(job: memory.Job) -> Iterator[None]:
+    """Turns a device's lack of memory in training into advice."""
+    with _out_of_memory("Out of memory", lambda: memory.advice(job)):
         yield
 
 

@@ -110,7 +110,8 @@ def make_stream(components: Sequence[tuple[Component, float]], split: str, seed:
             if lengths[feature] < needed:
                 raise InputError(
                     f"TASK_FEATURE_LENGTHS {feature}={lengths[feature]} is too short for {task.name}: "
-                    f"one item and the question may need {needed}."
+                    f"{'one item and the question' if feature == 'inputs' else 'a target'} may need {needed}. Give "
+                    "longer rows, or a smaller MAX_ITEM_TOKENS."
                 )
     return Stream(tuple(t for t, _ in ordered), tuple(r for _, r in ordered), split, seed, options)
 

@@ -29,14 +29,23 @@ _NEEDED = (re.compile(r"Used ([\d.]+)([KMGT]?) of"), re.compile(r"temporaries \(
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """All that a compiled train step depends on."""
+    """All that a compiled train step depends on.
+
+    Attributes:
+      config: of the model, with its vocabulary's size.
+      optimizer: from `make_optimizer`.
+      mesh: over the devices of all processes.
+      step_options: of the step.
+      input_options: of the batches.
+      lora_options: of the adapters.
+    """
 
     config: T5Config
     optimizer: optax.GradientTransformation
     mesh: Mesh
     step_options: StepOptions
     input_options: InputOptions
-    lora_options: LoraOptions
+    lora_options: LoraOptions = LoraOptions()  # noqa: RUF009 (frozen)
 
 
 class Footprint(NamedTuple):
@@ -120,19 +129,11 @@ def as_flags(setting: Setting) -> str:
     return " ".join(f"--gin.{name}={value}" for name, value in quote.items())
 
 
-def advice(
-    config: T5Config,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    step_options: StepOptions,
-    input_options: InputOptions,
-    lora_options: LoraOptions,
-) -> str:
+def advice(job: Job) -> str:
     """What to set when a step ran out of memory, and what each setting saves, one a line.
 
     Compiles the step once for every line, on the backend that is there.
     """
-    job = Job(config, optimizer, mesh, step_options, input_options, lora_options)
     whole = footprint(job).hbm_bytes
     lines = [f"A step of these settings needs {whole / GIB:.3g} GiB a device."]
     for setting, changed in savings(job):

@@ -2,12 +2,17 @@
 
 import contextlib
 import signal
+import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
 from recalign_jax.errors import Preempted
+
+# Until it is raised again what was raised in vain.
+AGAIN_SECONDS = 0.05
 
 
 class Preemption:
@@ -29,6 +34,7 @@ class Preemption:
     @contextlib.contextmanager
     def postponed(self, postpones: bool = True) -> Iterator[None]:
         """What must not be cut off stands inside; and inside of that, with False, what may be."""
+        self._leave_if_told()  # something may have caught what was raised
         before, self._postpones = self._postpones, postpones
         try:
             self._leave_if_told()
@@ -37,13 +43,20 @@ class Preemption:
             self._postpones = before
 
     def on_signal(self, *_: object) -> None:
-        """The handler."""
+        """The handler, of SIGTERM and of the alarm after `on_unraisable`."""
         self._told = True
         self._leave_if_told()
 
+    def on_unraisable(self, unraisable: Any, otherwise: Callable[[Any], object]) -> None:
+        """The hook for what can't be raised: in a `__del__` or a weak reference's callback Preempted would be lost."""
+        if isinstance(unraisable.exc_value, Preempted):
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
+        else:
+            otherwise(unraisable)
+
     def _leave_if_told(self) -> None:
         if self._told and not self._postpones:
-            raise Preempted("SIGTERM: left with nothing to save. The same command goes on.")
+            raise Preempted(Preempted.nothing_to_save)
 
 
 @contextlib.contextmanager
@@ -53,8 +66,14 @@ def handled() -> Iterator[Preemption]:
     if jax.process_count() > 1:
         yield preemption
         return
-    before: Callable[..., object] | int | None = signal.signal(signal.SIGTERM, preemption.on_signal)
+    signals = (signal.SIGTERM, signal.SIGALRM)
+    before = [signal.signal(number, preemption.on_signal) for number in signals]
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda unraisable: preemption.on_unraisable(unraisable, hook)
     try:
         yield preemption
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = hook
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)

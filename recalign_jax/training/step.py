@@ -110,7 +110,7 @@ def state_shardings(state: TrainState, optimizer: optax.GradientTransformation, 
 
 def jit_train_step(step: Callable[..., tuple[TrainState, Sums]], state: TrainState, mesh: Mesh) -> Any:
     """The step of `make_train_step` under jit, for states laid out as `state`, which it takes over (donation)."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    shardings = partitioning.shardings_of(state)
     return jax.jit(
         partitioning.on_mesh(step, mesh),
         in_shardings=(shardings, partitioning.batch_sharding(mesh), None),

@@ -22,13 +22,11 @@ from recalign_jax.checkpoint.saved import DamagedCheckpoint
 from recalign_jax.errors import InputError, Preempted, check_kinds
 from recalign_jax.files import atomic_file
 from recalign_jax.model import flops, lora, t5
-from recalign_jax.model.config import T5Config
-from recalign_jax.model.lora import LoraOptions
 from recalign_jax.training import failures, input_pipeline, log, measures, packing, steering
 from recalign_jax.training.input_pipeline import InputOptions
+from recalign_jax.training.memory import Job
 from recalign_jax.training.preemption import Preemption
 from recalign_jax.training.step import (
-    StepOptions,
     TrainState,
     abstract_state,
     jit_eval_step,
@@ -95,36 +93,26 @@ class TrainOptions:
 
 def train(
     options: TrainOptions,
-    input_options: InputOptions,
-    step_options: StepOptions,
-    config: T5Config,
-    optimizer: optax.GradientTransformation,
-    mesh: jax.sharding.Mesh,
+    job: Job,
     components: Sequence[tuple[Component, float]],
     evaluators: Sequence[Evaluator],
     identity: dict[str, Any],
     preemption: Preemption,
     initial_params: Callable[[Any], Any] | None = None,
     base: Any = None,
-    lora_options: LoraOptions = LoraOptions(),  # noqa: B008 (frozen)
     schedule: optax.Schedule | None = None,
 ) -> dict[str, Any]:
     """Trains to `options.train_steps`, from the newest whole checkpoint in MODEL_DIR if there is one.
 
     Args:
       options: of the run.
-      input_options: of the batches.
-      step_options: of the step.
-      config: of the model, with its vocabulary's size.
-      optimizer: from `make_optimizer`.
-      mesh: over the devices of all processes.
+      job: model, optimizer, mesh, and options of the step.
       components: the tasks of the mixture and their rates.
       evaluators: called every `eval_period` steps.
       identity: what must not change when the run is resumed; JSON.
       preemption: tells of SIGTERM.
       initial_params: gives a new run's parameters for their shapes and shardings; None draws them.
       base: parameters that stay as they are while adapters of them are trained; None trains all parameters.
-      lora_options: of the adapters.
       schedule: the learning rate by steps done, to be logged.
 
     Returns:
@@ -136,6 +124,8 @@ def train(
       RunError: when a loss is no finite number, a checkpoint can't be written or none is whole, or memory runs out.
     """
     # ---------------------------------------------------------------- model and optimizer, as shapes and shardings
+    config, optimizer, mesh = job.config, job.optimizer, job.mesh
+    input_options, step_options, lora_options = job.input_options, job.step_options, job.lora_options
     graphdef = t5.graph(config)
     initialize, shapes = abstract_state(config, optimizer, mesh, lora_options)
     batch_sharding = partitioning.batch_sharding(mesh)
@@ -160,9 +150,7 @@ def train(
     if _is_finished(options, records, check):
         terminal.say(f"{options.model_dir} is trained to step {records[-1]['step']} already.")
         return _result(records[-1], options)
-    explained = functools.partial(
-        failures.out_of_memory_explained, config, optimizer, mesh, step_options, input_options, lora_options
-    )
+    explained = functools.partial(failures.out_of_memory_explained, job)
     checkpoints = checkpointing.open_checkpoints(options.model_dir, options.keep_checkpoints)
     with explained():
         found = checkpointing.restore_newest(checkpoints, shapes.params, (shapes.opt_state, shapes.step), check)
@@ -180,7 +168,7 @@ def train(
     else:
         first_step = 0
         # Every shard is drawn on the device that keeps it.
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+        shardings = partitioning.shardings_of(shapes)
         with explained():
             state = jax.jit(initialize, out_shardings=shardings)(jax.random.key(options.seed))
             if initial_params is not None:
@@ -191,8 +179,8 @@ def train(
         make_train_step(graphdef, optimizer, step_options, len(names), options.seed, lora_options), shapes, mesh
     )
     eval_step = jit_eval_step(make_eval_step(graphdef, len(names), step_options.logits_chunks), mesh)
-    base_shardings = jax.tree.map(lambda leaf: leaf.sharding, base)
-    merge = jax.jit(functools.partial(lora.merge, options=lora_options), out_shardings=base_shardings)
+    whole_shardings = partitioning.shardings_of(base)
+    merge = jax.jit(functools.partial(lora.merge, options=lora_options), out_shardings=whole_shardings)
     add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
 
     # ---------------------------------------------------------------- what follows a logged step
