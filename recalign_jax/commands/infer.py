@@ -158,13 +158,9 @@ def load(data_dir: str | None, options: InferOptions) -> Answering:
         _warn_untrained(model, "ranking", data_dir)
     if options.ratings:
         _warn_untrained(model, "rating", data_dir)
-    corpus = spec.corpus
     if options.items is not None:
-        if spec.catalog.item_format != "title":
-            raise InputError(f"ITEMS: items as {spec.catalog.item_format} are known from training alone; new ones need "
-                             f"a model that was trained with items as title.")  # fmt: skip
-        corpus = more_items.with_table(corpus, pathlib.Path(options.items))
-        spec = specs.make_spec(corpus, spec.family, "title", spec.vocabulary, spec.options)
+        spec = _with_items(spec, options.items)
+    corpus = spec.corpus
     several = options.category if isinstance(options.category, (list, tuple)) else [options.category]
     categories = [str(category) for category in several if category is not None]  # one may be called 2000
     permitted = filters.permitted_items(corpus, options.allow, options.deny, categories)
@@ -209,6 +205,15 @@ def load(data_dir: str | None, options: InferOptions) -> Answering:
         return answers.answer(corpus, models, asked, permitted, decoding.top_k, options.filter_history, advance)
 
     return Answering(corpus, needs, answer, json.loads(json.dumps(identity)))
+
+
+def _with_items(spec: specs.TaskSpec, path: str) -> specs.TaskSpec:
+    """The task over a corpus that has the items of a table, too."""
+    if spec.catalog.item_format != "title":
+        raise InputError(f"ITEMS: items as {spec.catalog.item_format} are known from training alone; new ones need "
+                         f"a model that was trained with items as title.")  # fmt: skip
+    corpus = more_items.with_table(spec.corpus, pathlib.Path(path))
+    return specs.make_spec(corpus, spec.family, "title", spec.vocabulary, spec.options)
 
 
 def _what_counts(settings: dict[str, Any]) -> dict[str, Any]:
