@@ -4,34 +4,29 @@ import re
 from collections.abc import Sequence
 
 from benchmarks import study, study_verdicts
-from benchmarks.study_claims import Claim, claims
+from benchmarks.study_claims import CONVENTIONAL, CORPORA, Claim, claims
 from benchmarks.study_records import Runs, spread
 from benchmarks.study_verdicts import Judged
 from recalign_jax.errors import InputError
 
 BEGIN, END = "<!-- written by benchmarks/results.py -->", "<!-- up to here -->"
 MARKS = {"supported": "▲ ", "contradicted": "▼ ", "undecided": ""}
-CORPORA = {"beauty": "Beauty", "toys": "Toys"}
 FORMATS = {"token": "tokens", "title": "titles"}
 
 
 def render(found: dict[str, Runs], judged: dict[str, Judged]) -> str:
     """Retrieval, ranking, rating and choices as Markdown tables; a figure that isn't there is left empty."""
-    conventional = ("popularity", "itemknn", "bprmf", "sasrec")
     names = ("popularity", "item-kNN", "BPR-MF", "SASRec")
-    retrieval = []
+    retrieval, ranking = [], []
     for corpus, title in CORPORA.items():
+        beside = [f"amazon_{corpus}/{method}" for method in CONVENTIONAL]
         for item_format, items in FORMATS.items():
-            beside = [f"amazon_{corpus}/{method}" for method in conventional]
             rows = [f"{corpus}_{item_format}_{mixture}" for mixture in study.MIXTURES]
             retrieval.append((f"{title}, items as {items}", [*rows, *beside]))
             if (corpus, item_format) == ("beauty", "token"):
                 steps = {record["steps"] for name in study.LONG if name in found for record in found[name].records}
                 label = f"the same, {' or '.join(f'{count:,}' for count in sorted(steps))} steps"
                 retrieval.append((label, [study.LONG[0], "", "", study.LONG[1], *beside]))
-    ranking = []
-    for corpus, title in CORPORA.items():
-        beside = [f"amazon_{corpus}/{method}" for method in conventional]
         ranking.append((title, [f"{corpus}_token_ranking", f"{corpus}_token_ranking_aligned", *beside]))
     rating = ["movielens_token_rating", "movielens_token_rating_aligned"]
     rating += ["movielens/mf_rating_biases", "movielens/mf_rating"]
@@ -85,7 +80,8 @@ def _choices(found: dict[str, Runs], judged: dict[str, Judged]) -> str:
             _figure(found, name, claim.family, metric)
             for name, metric in zip((claim.better, claim.worse), metrics, strict=True)
         )
-        verdict = judged[claim.text].verdict + _one_seed(claim, judged)
+        one = judged[claim.text]
+        verdict = one.verdict + (", one seed" if study_verdicts.of_one_seed(claim, one) else "")
         told.append(f"| {claim.text.removesuffix(' (Beauty)')} | {first} | {second} | {verdict} |")
     return "\n".join(told) if len(told) > 2 else ""
 
@@ -97,7 +93,3 @@ def _figure(found: dict[str, Runs], name: str, family: str, metric: str) -> str:
 
 def _mark(claim: Claim | None, judged: dict[str, Judged]) -> str:
     return MARKS[judged[claim.text].verdict] if claim and claim.text in judged else ""
-
-
-def _one_seed(claim: Claim, judged: dict[str, Judged]) -> str:
-    return ", one seed" if study_verdicts.of_one_seed(claim, judged[claim.text]) else ""
