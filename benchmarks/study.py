@@ -59,15 +59,18 @@ CHOICES = (  # each against `beauty_token_retrieval`, and the last one against `
     "beauty_token_retrieval_mlm_wide",
     "beauty_token_retrieval_aligned_equal",
 )
-MLM_WIDE, RANKING_100 = "beauty_token_retrieval_mlm_wide", "beauty_token_ranking_100"
+MLM_WIDE = "beauty_token_retrieval_mlm_wide"
+RANKING_100 = ("beauty_token_ranking_100", "beauty_token_ranking_aligned_100")
 LONG = ("beauty_token_retrieval_long", "beauty_token_retrieval_aligned_long")
+LONG_DROPOUT = ("beauty_token_retrieval_long_dropout", "beauty_token_retrieval_aligned_long_dropout")
 # Row -> its seeds, in the order of the queue.
 ROWS: dict[str, Sequence[int]] = {
     **{f"beauty_token_{mixture}": SEEDS for mixture in (*MIXTURES, "ranking", "ranking_aligned")},
     "beauty_shuffled_token_retrieval_aligned": SEEDS[:1],
-    **dict.fromkeys((*CHOICES, RANKING_100), SEEDS[:1]),
+    **dict.fromkeys(CHOICES, SEEDS[:1]),
+    **dict.fromkeys(RANKING_100, SEEDS),
     **{f"beauty_title_{mixture}": SEEDS for mixture in MIXTURES},
-    **dict.fromkeys(LONG, SEEDS[:1]),
+    **dict.fromkeys((*LONG, *LONG_DROPOUT), SEEDS[:1]),
     **{f"toys_token_{mixture}": SEEDS for mixture in (*MIXTURES, "ranking", "ranking_aligned")},
     **{f"toys_title_{mixture}": SEEDS for mixture in MIXTURES},
     **{f"movielens_token_{mixture}": SEEDS for mixture in ("rating", "rating_aligned")},

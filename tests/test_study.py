@@ -70,6 +70,7 @@ def test_a_row_differs_from_the_base_in_what_its_name_says(row):
         ("_neighbours", "NEIGHBOURS", "5"),
         ("_equal", "MIXTURE_TEMPERATURE", "1000000.0"),
         ("_100", "RANKING_CANDIDATES", "100"),
+        ("_dropout", "DROPOUT_RATE", "0.2"),
     ):
         if task.endswith(ending):
             task, expected[name] = task.removesuffix(ending), value
