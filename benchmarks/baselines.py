@@ -39,6 +39,11 @@ class Row(NamedTuple):
     settings: str = ""  # what ends the name of the gin file, if they are the row's own
 
     @property
+    def place(self) -> str:
+        """CORPUS/ROW: its folder, and its name beside rows of other corpora."""
+        return f"{self.corpus}/{self.name}"
+
+    @property
     def gin_file(self) -> str:
         return f"gin_configs/experiments/baselines_{self.corpus.removesuffix('_shuffled')}{self.settings}.gin"
 
@@ -73,16 +78,15 @@ def main() -> None:
     args = parser.parse_args()
     # The runs have another working directory.
     args.data_dir, args.output = str(pathlib.Path(args.data_dir).resolve()), args.output.resolve() / args.split
-    known = {name for row in rows() for name in (row.name, f"{row.corpus}/{row.name}")}
+    known = {name for row in rows() for name in (row.name, row.place)}
     if unknown := set(args.rows or ()) - known:
         parser.error(f"no rows {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
     table = []
     for row in rows():
-        name = f"{row.corpus}/{row.name}"
-        if args.rows and not {row.name, name} & set(args.rows):
+        if args.rows and not {row.name, row.place} & set(args.rows):
             continue
         if not (pathlib.Path(args.data_dir) / row.corpus / "corpus.json").is_file():
-            print(f"No corpus {row.corpus}: {name} is left out.", file=sys.stderr)
+            print(f"No corpus {row.corpus}: {row.place} is left out.", file=sys.stderr)
             continue
         runs = [run(row, seed, args) for seed in (SEEDS if row.trained else SEEDS[:1])]
         table.append({"corpus": row.corpus, "row": row.name} | summary(runs))
@@ -93,7 +97,7 @@ def main() -> None:
 
 def run(row: Row, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """What `recalign baseline` says, from its file if it was run before."""
-    folder = args.output / row.corpus / row.name / str(seed)
+    folder = args.output / row.place / str(seed)
     result = folder / "metrics.json"
     if not result.is_file():
         command = command_of(row, seed, args.data_dir, args.split, folder)

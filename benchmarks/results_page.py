@@ -168,7 +168,7 @@ def bars(table: Table, rows: Sequence[Runs]) -> Panel:
 def _every_run(found: dict[str, Runs]) -> str:
     lines = ["## Every run\n", "| row | seed | steps | tokens | seconds | |\n|---|---|---|---|---|---|"]
     commands: list[str] = []
-    of_baselines = [name for name in (f"{row.corpus}/{row.name}" for row in baselines.rows()) if name in found]
+    of_baselines = [row.place for row in baselines.rows() if row.place in found]
     for name in (*study.ROWS, *of_baselines):
         for record in found[name].records if name in found else ():
             shown = ", ".join(
@@ -187,9 +187,8 @@ def _every_run(found: dict[str, Runs]) -> str:
             job = study.make_job(name, record["seed"], DATA, RUNS, record["split"], record["bindings"])
             commands += [shlex.join(job.train), shlex.join(job.evaluate)]
     for row in baselines.rows():
-        name = f"{row.corpus}/{row.name}"
-        for record in found[name].records[:1] if name in found else ():
-            folder = RUNS / name / str(record["seed"])
+        for record in found[row.place].records[:1] if row.place in found else ():
+            folder = RUNS / row.place / str(record["seed"])
             command = baselines.command_of(row, record["seed"], str(DATA), record["split"], folder)
             commands.append(shlex.join(command))
     told = (
@@ -207,8 +206,8 @@ def _missing(found: dict[str, Runs]) -> str:
     wanted = dict(study.ROWS)
     shown = {name for table in tables() for name in table.baselines}
     for row in baselines.rows():
-        if (name := f"{row.corpus}/{row.name}") in shown:
-            wanted[name] = baselines.SEEDS if row.trained else baselines.SEEDS[:1]
+        if row.place in shown:
+            wanted[row.place] = baselines.SEEDS if row.trained else baselines.SEEDS[:1]
     lines = []
     for name, seeds in wanted.items():
         done = {record["seed"] for record in found[name].records} if name in found else set()
