@@ -11,6 +11,7 @@ from pyarrow import parquet
 from recalign_jax import cli, gin_config
 from recalign_jax.commands import baseline, eval
 from recalign_jax.evaluation import ranking, retrieval
+from recalign_jax.evaluation.results import EvaluationOptions
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -38,7 +39,11 @@ def run(shop_corpus, capsys):
 def test_every_method_has_the_keys_of_eval(run, tmp_path, shop_corpus, method):
     told = run(method, "--split", "validation", "--output_dir", str(tmp_path))
     families = {"mf": ["rating"]}.get(method, ["retrieval", "ranking"])
-    metrics = {"retrieval": retrieval.METRICS, "ranking": ranking.METRICS, "rating": ("rmse", "mae", "rmse_argmax")}
+    metrics = {
+        "retrieval": [f"{name}@{k}" for name in retrieval.METRICS for k in (5, 10)],
+        "ranking": ranking.METRICS,
+        "rating": ("rmse", "mae", "rmse_argmax"),
+    }
     for family in families:
         assert told[family]["users"] == len(shop_corpus.evaluation_users)
         assert set(metrics[family]) <= told[family].keys()
@@ -121,7 +126,8 @@ def test_a_training_that_goes_wrong_ends(run, tmp_path):
 
 @pytest.mark.parametrize("families", [["rating_random"], ["retrieval", "ranking", "rating"]])
 def test_what_eval_says_to_type_next_runs(shop_corpus, capsys, families):
-    command = eval.baseline_command("shop", families, "validation", str(shop_corpus.directory.parent))
+    options = EvaluationOptions(cutoffs=(5, 10, 20))
+    command = eval.baseline_command("shop", families, "validation", str(shop_corpus.directory.parent), options)
     program, *arguments = shlex.split(command)
     assert program == "recalign"
     fast = FAST["sasrec" if "sasrec" in arguments else "mf"]
@@ -130,6 +136,7 @@ def test_what_eval_says_to_type_next_runs(shop_corpus, capsys, families):
     assert told["split"] == "validation"
     found = {"retrieval", "ranking", "rating"} & told.keys()
     assert found == ({"retrieval", "ranking"} if len(families) > 1 else {families[0].removesuffix("_random")})
+    assert ("retrieval" in found) == ("recall@20" in told.get("retrieval", ()))
     if families == ["rating_random"]:
         assert told["rating"]["users"] == shop_corpus.num_interactions // 10
 

@@ -253,6 +253,15 @@ def compared(folder: pathlib.Path, other: pathlib.Path, change: dict) -> list[co
     return comparisons.compare(evaluations, found, lambda one: "shop", {"shop": load_corpus("shop", folder / "data")})
 
 
+def test_other_cutoffs_are_shown(shop, tmp_path):
+    """Of a single run, too: the seeds that lack them have none."""
+    more = {"ndcg@100": 0.3, "ndcg@20": 0.2, "recall@20": 0.4, "mrr@20": 0.1, "recall@20_unfiltered": 0.1}
+    [comparison] = compared(shop, tmp_path, {"retrieval": more, "options": {"num_beams": 100}})
+    assert comparison.metrics[-3:] == ("recall@20", "ndcg@20", "ndcg@100")
+    shown = [row for row in comparison.rows if "recall@20" in row.cells]
+    assert [row.cells["recall@20"].value for row in shown] == [0.4]
+
+
 @pytest.mark.parametrize(
     ("change", "part"),
     [

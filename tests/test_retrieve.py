@@ -130,10 +130,33 @@ def test_options_that_cannot_be(changed, message):
         DecodingOptions(**changed)
 
 
-def test_lists_that_are_too_short_for_the_metrics_are_refused(spec, model):
+@pytest.mark.parametrize("cutoffs", [(5,), (10, 5), (5, 10, 10), (0, 10), (5, 10.0), ()])
+def test_cutoffs_that_cannot_be(cutoffs):
+    with pytest.raises(InputError, match=r"CUTOFFS is .* 10 among them"):
+        EvaluationOptions(cutoffs=cutoffs)
+
+
+def test_lists_are_as_long_as_the_last_cutoff(spec, model):
+    """The first places are those of shorter lists; fewer beams than places are refused."""
+    graphdef, params = model
+    mesh, found = partitioning.make_mesh({"data": -1}), []
+    for cutoffs in ((5, 10), (1, 10, 15)):
+        with gin.unlock_config():
+            gin.bind_parameter("EvaluationOptions.cutoffs", cutoffs)
+        found.append(common.make_evaluation(spec, "test", graphdef, mesh)(params))
     with gin.unlock_config():
-        gin.bind_parameter("DecodingOptions.top_k", 5)
-    mesh = partitioning.make_mesh({"data": -1})
-    with pytest.raises(InputError, match=r"DecodingOptions\.top_k is 5: the metrics of retrieval .* at least 10\."):
-        common.make_evaluation(spec, "test", model[0], mesh)
+        gin.bind_parameter("EvaluationOptions.cutoffs", (10, 21))
+    with pytest.raises(InputError, match="TOP_K is 21, and 20 beams may not find so many"):
+        common.make_evaluation(spec, "test", graphdef, mesh)
     gin.clear_config()
+    short, long = found
+    assert long.facts["items"].shape == (len(short), 15)
+    np.testing.assert_array_equal(long.facts["items"][:, :10], short.facts["items"])
+    assert short.overall == long.overall
+    for ending in ("", "_unfiltered"):
+        assert list(long.values[ending])[::5] == ["recall@1", "recall@10", "recall@15"]
+        for name in retrieval.METRICS:
+            np.testing.assert_array_equal(long.values[ending][f"{name}@10"], short.values[ending][f"{name}@10"])
+    hits = (long.facts["items"] == long.facts["target"][:, None]).any(axis=1)
+    np.testing.assert_array_equal(long.values[""]["recall@15"], hits)
+    np.testing.assert_array_equal(long.facts["rank"] > 0, hits)

@@ -131,6 +131,7 @@ def evaluate(corpus: Corpus, family: str, answers: Any, split: str, options: Eva
         return rating.evaluate(corpus, answers, rating.evaluation_queries(corpus, split, family, options), family)
     queries = retrieval.evaluation_queries(corpus, split, options)
     if family == "retrieval":
-        return retrieval.evaluate(corpus, scores.recommender(answers, corpus.num_items), queries, options)
+        recommend = scores.recommender(answers, corpus.num_items, options.cutoffs[-1])
+        return retrieval.evaluate(corpus, recommend, queries, options)
     candidates = ranking.candidates(corpus, split, queries)
     return ranking.evaluate(corpus, scores.scorer(answers, corpus.num_items), queries, candidates)

@@ -104,8 +104,8 @@ def make_evaluation(
       model_dir: where a saved trie may be.
 
     Raises:
-      InputError: when the split is none of validation and test, or holds nothing, or lists of TOP_K items are too short
-        for retrieval's metrics.
+      InputError: when the split is none of validation and test, or holds nothing, or there are fewer beams than the
+        lists of retrieval's metrics have items.
     """
     corpus, options, decoding = spec.corpus, EvaluationOptions(), DecodingOptions()
     sharding = partitioning.batch_sharding(mesh)
@@ -116,12 +116,8 @@ def make_evaluation(
 
     queries = retrieval.evaluation_queries(corpus, split, options)
     if spec.family == "retrieval":
-        if decoding.top_k < max(retrieval.KS):
-            raise InputError(
-                f"DecodingOptions.top_k is {decoding.top_k}: the metrics of retrieval are of lists of "
-                f"{max(retrieval.KS)} items. Leave it out, or give at least {max(retrieval.KS)}."
-            )
-        recommend = recommender.make_recommender(spec, graphdef, decoding, sharding, model_dir)
+        lists = dataclasses.replace(decoding, top_k=options.cutoffs[-1])
+        recommend = recommender.make_recommender(spec, graphdef, lists, sharding, model_dir)
         return lambda params: retrieval.evaluate(corpus, recommend(params), queries, options)
 
     score = recommender.make_scorer(spec, graphdef, decoding, sharding, model_dir)

@@ -86,8 +86,8 @@ def eval_command(
     about |= {"model_dir": model.model_dir, "options": {name: options[name] for name in TOLD_OPTIONS}}
     told = report.publish(found(), tasks[0].corpus, about, folder)
     families = [spec.family for spec in tasks]
-    users = results.EvaluationOptions().max_users
-    terminal.say(f"Next to it: {baseline_command(tasks[0].corpus.name, families, split, data_dir, users)}")
+    command = baseline_command(tasks[0].corpus.name, families, split, data_dir, results.EvaluationOptions())
+    terminal.say(f"Next to it: {command}")
     return told
 
 
@@ -136,13 +136,15 @@ def evaluation_settings(gin_files: Sequence[str], trained: Mapping[str, str]) ->
 
 
 def baseline_command(
-    corpus: str, families: list[str], split: str, data_dir: str | None, users: int | None = None
+    corpus: str, families: list[str], split: str, data_dir: str | None, options: results.EvaluationOptions
 ) -> str:
     """What to type for a baseline on the same split, and of one family on that alone."""
     method = "mf" if families[0] in task_names.RATED_FAMILIES else "sasrec"
     command = ["recalign", "baseline", "--corpus", corpus, "--method", method, "--split", split]
     command += ["--family", families[0]] if len(families) == 1 else []
-    command += ["--max_users", str(users)] if users else []
+    command += ["--max_users", str(options.max_users)] if options.max_users else []
+    if options.cutoffs != results.EvaluationOptions.cutoffs:
+        command.append(f"--gin.EvaluationOptions.cutoffs={options.cutoffs}")
     command += ["--data_dir", data_dir] if data_dir else []
     return shlex.join(command)
 

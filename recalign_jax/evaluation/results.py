@@ -28,16 +28,24 @@ class EvaluationOptions:
     Attributes:
       filter_history: in retrieval, drop the items of the user's whole history from the ranked list for the figures
         without suffix. Figures without the filter are always there too, as `recall@10_unfiltered`.
+      cutoffs: the K of retrieval's metrics, as recall@K, each once and in order; 10 is among them, which slices and
+        reports show. Lists are as long as the last one says.
       max_users: evaluate only so many users: the first ones, which are a random sample, as users are numbered at random
         (those that `--extend` brought come last); of `rating_random` so many ratings, drawn at random, always the same.
         None for all.
     """
 
     filter_history: bool = True
+    cutoffs: tuple[int, ...] = (5, 10)
     max_users: int | None = None
 
     def __post_init__(self) -> None:
         check_kinds(self)
+        whole = all(isinstance(k, int) and k > 0 for k in self.cutoffs)
+        if not whole or 10 not in self.cutoffs or list(self.cutoffs) != sorted(set(self.cutoffs)):
+            raise InputError(
+                f"CUTOFFS is {self.cutoffs}: give numbers of items in order, 10 among them, as (5, 10, 20)."
+            )
         if self.max_users is not None and self.max_users < 1:
             raise InputError(f"The number of users to evaluate is {self.max_users}; give at least 1, or None for all.")
 

@@ -15,8 +15,8 @@ from recalign_jax.evaluation.results import EvaluationOptions, Result
 from seqio_tasks import examples
 from seqio_tasks.examples import Query, Recommend
 
-KS = (5, 10)
-METRICS = tuple(f"{name}@{k}" for k in KS for name in ("recall", "ndcg", "hr", "mrr", "map"))
+METRICS = ("recall", "ndcg", "hr", "mrr", "map")
+MAIN_CUTOFF = 10
 
 
 def evaluation_queries(corpus: Corpus, split: str, options: EvaluationOptions) -> list[Query]:
@@ -26,35 +26,37 @@ def evaluation_queries(corpus: Corpus, split: str, options: EvaluationOptions) -
 
 
 def evaluate(corpus: Corpus, recommend: Recommend, queries: Sequence[Query], options: EvaluationOptions) -> Result:
-    """METRICS with the history filter and without (`_unfiltered`).
+    """METRICS at the cutoffs, with the history filter and without (`_unfiltered`).
 
     Args:
       corpus: what the queries are of.
-      recommend: the model, or a baseline; at least `max(KS)` items a query.
+      recommend: the model, or a baseline; as many items a query as the last cutoff.
       queries: from `evaluation_queries`.
       options: of the evaluation.
 
     Returns:
       The metrics, `coverage@10` and `popularity_bias@10` of the lists of the figures without suffix, and as facts
-      `items` [N, 10] and `rank` and `rank_unfiltered` of the target, from 1, 0 where it isn't among them.
+      `items` [N, last cutoff] and `rank` and `rank_unfiltered` of the target, from 1, 0 where it isn't among them.
     """
     facts = results.facts(corpus, queries)
+    ks, k = options.cutoffs, MAIN_CUTOFF
+    names = [f"{name}@{k}" for k in ks for name in METRICS]
 
     def ranked(excluded: Sequence[np.ndarray], what: str) -> np.ndarray:
         items, _ = results.gather(recommend(queries, excluded), len(queries), f"retrieval {what}")
-        return items[:, : max(KS)]
+        return items[:, : ks[-1]]
 
     # As many places as items to exclude, all empty: the same compiled program serves both.
     plain = ranked([np.full_like(query.history, -1) for query in queries], "without history filter")
     items = ranked([query.history for query in queries], "with history filter") if options.filter_history else plain
-    targets, k = facts["target"], max(KS)
+    targets = facts["target"]
     bias = metrics.popularity_bias(items, targets, corpus.training_popularity, k)
     return Result(
         family="retrieval",
         facts=facts | {"rank": _ranks(items, targets), "rank_unfiltered": _ranks(plain, targets), "items": items},
         values={
-            "": results.ordered(metrics.retrieval_values(items, targets, KS), METRICS),
-            "_unfiltered": results.ordered(metrics.retrieval_values(plain, targets, KS), METRICS),
+            "": results.ordered(metrics.retrieval_values(items, targets, ks), names),
+            "_unfiltered": results.ordered(metrics.retrieval_values(plain, targets, ks), names),
         },
         main=(f"recall@{k}", f"ndcg@{k}"),
         overall={

@@ -4,8 +4,9 @@ import collections
 import functools
 import json
 import pathlib
+import re
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from recalign_jax.corpus.candidates import CANDIDATE_SEED, NUM_TEST_NEGATIVES
@@ -38,6 +39,7 @@ _ASKED = {
     "rating": (*_PROMPT, "rating_history"),
 }
 _RANDOM = " of the random 8:1:1"
+_OTHER_CUTOFF = re.compile(r"(recall|ndcg)@(\d+)")
 _PUBLISHED_SPLITS = {"retrieval": "test", "ranking": "test", "rating": f"test{_RANDOM}"}
 _PUBLISHED = pathlib.Path(__file__).parent / "published.json"
 
@@ -99,7 +101,7 @@ class Comparison(NamedTuple):
     def best(self, metric: str) -> float | None:
         """The best value of a metric among our rows; None if there is no better, or nothing to compare."""
         values = [row.cells[metric].value for row in self.rows if metric in row.cells]
-        if len(values) < 2 or metric not in METRICS[self.family] or metric.startswith(("coverage", "popularity")):
+        if len(values) < 2 or metric.startswith(("coverage", "popularity")):
             return None
         return min(values) if lower_is_better(metric) else max(values)
 
@@ -137,7 +139,8 @@ def compare(
         rows.sort(key=lambda row: (sign * row.cells[main].value, row.label))
         whole = split == _PUBLISHED_SPLITS[family] and not part
         published = _published(corpora.get(corpus), family) if whole else []
-        shown = tuple(m for m in METRICS[family] if any(m in row.cells for row in (*rows, *published)))
+        known = {metric for row in (*rows, *published) for metric in row.cells}
+        shown = tuple(metric for metric in (*METRICS[family], *_at_other_cutoffs(known)) if metric in known)
         found.append(Comparison(corpus, split, family, part, shown, rows, published))
     return found
 
@@ -229,7 +232,8 @@ def _row(label: str, detail: str, members: Sequence[Evaluation], family: str) ->
     steps = sorted({member.told["step"] for member in members if "step" in member.told})
     if len(members) == 1 or len(steps) > 1:
         details += [f"step {step:,}" for step in steps]
-    cells = {metric: cell for metric in METRICS[family] if (cell := _cell(summaries, metric))}
+    names = (*METRICS[family], *(_at_other_cutoffs(summaries[0]) if family == "retrieval" else ()))
+    cells = {metric: cell for metric in names if (cell := _cell(summaries, metric))}
     slices: dict[str, dict[str, tuple[Cell, int]]] = {}
     for fact, parts in summaries[0].get("slices", {}).items():
         for name, part in parts.items():
@@ -237,6 +241,12 @@ def _row(label: str, detail: str, members: Sequence[Evaluation], family: str) ->
             if cell := _cell(of_all, MAIN[family]):
                 slices.setdefault(fact, {})[name] = (cell, part["users"])
     return Row(label, ", ".join(filter(None, details)), cells, summaries[0].get("users"), slices, members[0])
+
+
+def _at_other_cutoffs(names: Iterable[str]) -> list[str]:
+    """Recall and NDCG of retrieval that CUTOFFS asked for beside the usual ones, the shortest lists first."""
+    found = [match for name in names if name not in METRICS["retrieval"] and (match := _OTHER_CUTOFF.fullmatch(name))]
+    return [match[0] for match in sorted(found, key=lambda match: (int(match[2]), match[1] != "recall"))]
 
 
 def _cell(summaries: Sequence[dict[str, Any]], metric: str) -> Cell | None:
