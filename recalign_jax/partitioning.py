@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from recalign_jax.errors import InputError, did_you_mean
@@ -64,7 +65,8 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
       devices: default: all devices of all processes.
 
     Raises:
-      InputError: for an unknown axis, a bad size, or a product that is not the number of devices.
+      InputError: for an unknown axis, a bad size, a product that is not the number of devices, or machines of
+        different sizes.
     """
     for name, size in shape.items():
         if name not in AXES:
@@ -86,7 +88,23 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         )
     for name in open_axes:
         sizes[name] = len(devices) // given
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    slices = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
+    if len(slices) == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+    if len(set(slices.values())) > 1:
+        raise InputError(
+            f"Machines (or slices) have {min(slices.values())} to {max(slices.values())} devices: MESH needs as many in "
+            "each."
+        )
+    # Several GPU machines or TPU slices: the outer axes span the slow network between them, as far as they can.
+    across, left = [], len(slices)
+    for size in sizes.values():
+        across.append(math.gcd(size, left))
+        left //= across[-1]
+    within = [size // parts for size, parts in zip(sizes.values(), across, strict=True)]
+    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=types)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -57,10 +57,43 @@ def mesh_like(**sizes):
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One of several processes."""
+    """One of several processes, and of several GPU machines or TPU slices."""
 
     id: int
     process_index: int
+    slice_index: int = 0
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA H100"
+
+
+@pytest.mark.parametrize(
+    ("shape", "slices", "within"),
+    [
+        # Which devices stand beside the first one along each axis: by the slices that these are of.
+        ({"data": -1}, 2, {"data": [0] * 8 + [1] * 8}),
+        ({"fsdp": -1}, 4, {"fsdp": [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4}),
+        ({"data": 2, "fsdp": -1}, 2, {"data": [0, 1], "fsdp": [0] * 8}),
+        ({"data": 2, "fsdp": -1}, 4, {"data": [0, 2], "fsdp": [0] * 4 + [1] * 4}),
+        ({"data": -1, "model": 4}, 4, {"data": [0, 1, 2, 3], "model": [0] * 4}),
+        ({"model": -1}, 2, {"model": [0] * 8 + [1] * 8}),
+    ],
+)
+def test_a_mesh_over_several_machines(shape, slices, within):
+    devices = [Device(n, n * slices // 16, n * slices // 16) for n in range(16)]
+    mesh = partitioning.make_mesh(shape, devices)
+    assert mesh.size == 16
+    assert len(set(mesh.devices.flat)) == 16
+    for axis, expected in within.items():
+        along = np.moveaxis(mesh.devices, partitioning.AXES.index(axis), 0).reshape(mesh.shape[axis], -1)[:, 0]
+        assert [device.slice_index for device in along] == expected
+    parts = partitioning.row_parts(partitioning.batch_sharding(mesh))
+    assert sorted(parts) == list(range(slices))
+
+
+def test_machines_of_different_sizes_are_an_error():
+    devices = [Device(n, n // 5, n // 5) for n in range(8)]
+    with pytest.raises(InputError, match="3 to 5 devices"):
+        partitioning.make_mesh({"data": -1}, devices)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,8 @@ def merge(base: Any, trained: Any, options: LoraOptions) -> Any:
     if base is None:
         return trained
     merged, adapters = (traverse_util.flatten_dict(tree, sep="/") for tree in (base, trained))
-    for path in {path.rsplit("/", 1)[0] for path in adapters}:
+    # In one order in every process: with another the program would be another.
+    for path in dict.fromkeys(path.rsplit("/", 1)[0] for path in adapters):
         a, b = adapters[f"{path}/a"], adapters[f"{path}/b"]
         # So few operations that they may be exact also where the default is bfloat16.
         product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
