@@ -1,6 +1,7 @@
 """Packaging of recalign_jax. Ranges stand here; the exact versions that CI uses stand in constraints.txt."""
 
 import pathlib
+import re
 
 import setuptools
 
@@ -26,7 +27,7 @@ def gin_files() -> list[tuple[str, list[str]]]:
 
 setuptools.setup(
     name="recalign_jax",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "recalign_jax/__init__.py").read_text(encoding="utf-8"))[1],
     description="Turns FLAN-T5 into a recommender, in JAX, on TPU, GPU and CPU",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

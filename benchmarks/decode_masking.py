@@ -67,6 +67,7 @@ MODEL = "gin_configs/models/flan_t5_small.gin"
 EXCLUDED = 64  # items a user
 TOP_K = 10
 NUM_TOKENS = 32_100  # of T5's vocabulary
+DEPTHS = 4  # steps of a search that are timed
 TITLE_LENGTH = 16  # of a synthetic title, end-of-sequence not counted
 # name -> (children of a node on each level of the small catalogue, of the large one)
 BRANCHES = {"narrow": ((12, 10, 10, 10), (10,) * 6), "wide": ((110, 110), (100,) * 3)}
@@ -220,12 +221,10 @@ def search(steps: Steps, cache: Any, trie: Trie, num_beams: int, depths: int) ->
     return states, cache
 
 
-def compare_steps(
-    config: T5Config, trie: Trie, users: int, num_beams: int, inputs: int, pairs: int, depths: int = 4
-) -> dict[str, Any]:
+def compare_steps(config: T5Config, trie: Trie, users: int, num_beams: int, inputs: int, pairs: int) -> dict[str, Any]:
     """Runs `step` and returns what is printed; `pairs` of them at each depth together."""
     steps = make_steps(config, users, num_beams, inputs, trie.max_depth + forced.run_length(trie) - 1)
-    states, cache = search(steps, steps.cache, trie, num_beams, depths)
+    states, cache = search(steps, steps.cache, trie, num_beams, DEPTHS)
     seconds: dict[str, list[np.ndarray]] = {}
     for depth, beams, finished, *index in states:
         tokens = trie.token[beams.node]
@@ -234,10 +233,10 @@ def compare_steps(
             "unconstrained": partial(steps.unconstrained, depth, beams, finished.score, tokens),
             "model_alone": partial(steps.model_alone, depth, beams, tokens),
         }
-        taken, cache = in_turns(ways, -(-pairs // depths), cache)
+        taken, cache = in_turns(ways, -(-pairs // DEPTHS), cache)
         for name, values in taken.items():
             seconds.setdefault(name, []).append(values)
-    by_depth = {name: np.stack(values) for name, values in seconds.items()}  # [depths, pairs of each]
+    by_depth = {name: np.stack(values) for name, values in seconds.items()}  # [DEPTHS, pairs of each]
     over, over_model = (by_depth["constrained"] / by_depth[name] - 1 for name in ("unconstrained", "model_alone"))
     return {
         "overhead": rounded(np.median(over)),

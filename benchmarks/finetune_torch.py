@@ -35,7 +35,7 @@ from recalign_jax.training.optimizer import make_optimizer
 from recalign_jax.training.step import StepOptions, TrainState, make_train_step
 
 LEARNING_RATE, WEIGHT_DECAY, Z_LOSS = 1e-3, 0.01, 1e-4
-LENGTH, TARGET_LENGTH = 24, 12
+ROWS, LENGTH, TARGET_LENGTH = 8, 24, 12
 
 
 def main() -> None:
@@ -74,12 +74,12 @@ def write_model(
     return model
 
 
-def make_batches(steps: int, vocabulary: int, rows: int = 8) -> list[tuple[list[np.ndarray], list[np.ndarray]]]:
+def make_batches(steps: int, vocabulary: int) -> list[tuple[list[np.ndarray], list[np.ndarray]]]:
     """(inputs, targets) a step, one sample a row, of different lengths."""
     random = np.random.default_rng(0)
 
     def samples(longest: int, tokens: int) -> list[np.ndarray]:
-        return [random.integers(3, tokens, size).astype(np.int32) for size in random.integers(1, longest + 1, rows)]
+        return [random.integers(3, tokens, size).astype(np.int32) for size in random.integers(1, longest + 1, ROWS)]
 
     # Targets are of a few tokens, so that there is something to learn.
     return [(samples(LENGTH, vocabulary), samples(TARGET_LENGTH, 40)) for _ in range(steps)]

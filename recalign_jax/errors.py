@@ -96,9 +96,9 @@ def check_least(options: Any, least: float, *names: str) -> None:
             raise InputError(f"{type(options).__name__}.{name} is {value}: must be at least {least}.")
 
 
-def check_number(name: str, value: Any, least: float = 0, whole: bool = False) -> None:
-    """Raises InputError when the value of a setting isn't a finite number, or a whole one, of at least `least`."""
+def check_number(name: str, value: Any, whole: bool = False) -> None:
+    """Raises InputError when the value of a setting isn't a finite number, or a whole one, of at least 0."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     told = "a whole number" if whole else "a number"
-    if not is_number or value < least or (whole and value % 1):
-        raise InputError(f"{name} is {value!r}: must be {told} of at least {least}.")
+    if not is_number or value < 0 or (whole and value % 1):
+        raise InputError(f"{name} is {value!r}: must be {told} of at least 0.")

@@ -1,4 +1,4 @@
-"""Writing that leaves nothing half-written: write aside, then rename."""
+"""Folders of this machine, and writing there that leaves nothing half-written: write aside, then rename."""
 
 import contextlib
 import ctypes

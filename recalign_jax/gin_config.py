@@ -137,7 +137,7 @@ def _bind(name: str, value: str) -> None:
         raise InputError(_unknown(name, "no gin file given defines it"))
     before = gin.query_parameter(f"%{name}") if is_macro else None
     try:
-        gin.parse_config(f"{name} = {_literal(value, of_number=isinstance(before, (int, float)))}")
+        gin.parse_config(f"{name} = {_literal(value, may_be_name=is_macro and isinstance(before, (str, type(None))))}")
     except _GIN_ERRORS as error:
         hint = "" if name in names() else did_you_mean(name, names())
         raise InputError(f"--gin.{name}={value}: {_one_line(error)}{hint}") from error
@@ -160,18 +160,19 @@ def _unknown(name: str, why: str) -> str:
     )
 
 
-def _literal(value: str, of_number: bool) -> str:
+def _literal(value: str, may_be_name: bool) -> str:
+    """A value as gin reads it; one that may be the name of a folder is a number only where it looks like that one."""
     text = value.strip()
     if text.startswith(("@", "%", "{", "[", "(")):
         return text
     if text.startswith("~"):  # a shell leaves it alone behind `--gin.NAME=`
         return repr(os.path.expanduser(text))
-    # To Python the folder 2026_11_22 is the number 20261122.
-    if "_" in text and not of_number and not text.startswith(("'", '"')):
-        return repr(value)
     try:
-        ast.literal_eval(text)
+        literal = ast.literal_eval(text)
     except (ValueError, SyntaxError):
+        return repr(value)
+    # To Python the folder 2026_11_22 is the number 20261122, and 2026.10 is 2026.1.
+    if may_be_name and isinstance(literal, (int, float, complex)) and str(literal) != text:
         return repr(value)
     return text
 

@@ -68,7 +68,7 @@ Advance = Callable[..., None]
 
 @contextlib.contextmanager
 def progress(description: str, total: int | None, unit: str = "it", done: int = 0) -> Iterator[Advance]:
-    """Shows progress with rate and time left; yields `advance(n=1, note='')`.
+    """Shows progress with rate and time left; yields `advance(n=1, note=None)`. A note stays until the next one.
 
     On a terminal it is a bar; elsewhere one line every ten seconds and one at the end, so that log files
     stay readable. `done` is what was finished before (a resumed run); it does not count for the rate.

@@ -9,7 +9,7 @@ import numpy as np
 
 from recalign_jax.corpus.catalog import EOS_ID
 from recalign_jax.corpus.neighbours import neighbours_of
-from recalign_jax.corpus.statistics import rating_text
+from recalign_jax.corpus.records import rating_text
 from seqio_tasks import prompts
 from seqio_tasks.prompts import CANDIDATES, HISTORY, ITEM
 from seqio_tasks.specs import TaskSpec

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from recalign_jax import cli, files
 from recalign_jax.commands import inspect, prepare
-from recalign_jax.corpus import build, corpus, holdout
+from recalign_jax.corpus import build, corpus, holdout, statistics
 from recalign_jax.corpus.records import Interaction, ItemText
 from recalign_jax.errors import InputError
 from recalign_jax.files import atomic_directory, atomic_file
@@ -768,3 +768,6 @@ def test_many_different_ratings_are_binned(tmp_path):
     ratings = inspect.statistics(result)["ratings"]
     assert len(ratings) == 10
     assert sum(ratings.values()) == 100
+    narrow = statistics.rating_counts(np.arange(1_000_000, 1_000_030, dtype=np.float32))
+    assert list(narrow.values()) == [3] * 10
+    assert next(iter(narrow)) == "1000000 to 1000002.9"

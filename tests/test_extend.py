@@ -382,6 +382,14 @@ def test_a_rated_corpus_needs_ratings(tmp_path):
     assert after.ratings.tolist() == [5, 2.5]
 
 
+def test_another_unit_of_time_is_told(small, capsys):
+    extended(small, [("ann", "new", 3)])
+    assert "milliseconds" not in capsys.readouterr().err
+    after, _ = extended(small, [("ann", "newest", 4_000)])
+    assert "The new timestamps are around 4e+03, those of the corpus around" in capsys.readouterr().err
+    assert history(after, "ann")[-1] == ("newest", 4_000)
+
+
 def test_an_interrupted_extension_leaves_the_corpus(small, monkeypatch):
     before = snapshot(small.directory)
 

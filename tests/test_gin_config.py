@@ -93,7 +93,7 @@ def test_arguments_that_are_no_bindings(arguments, message):
     [
         ("200", 200),
         ("-3", -3),
-        ("1e-3", 0.001),
+        ("0.001", 0.001),
         ("True", True),
         ("None", None),
         ("'quoted'", "quoted"),
@@ -181,11 +181,16 @@ def test_a_snapshot_does_not_break_long_values(file):
 
 def test_folders_stay_what_they_are(file, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
-    for given, expected in (("~/runs", "/home/ada/runs"), ("2026_11_22", "2026_11_22"), ("runs/~", "runs/~")):
+    gin_config.parse([file], [("DIR", "~/runs")])
+    assert gin_config.snapshot()["DIR"] == "'/home/ada/runs'"
+    for given in ("2026_11_22", "2026", "2026.1", "2026.10", "1e5", "1E5", "+5", "0x10", "5j", "runs/~"):
         gin_config.parse([file], [("DIR", given)])
-        assert ast.literal_eval(gin_config.snapshot()["DIR"]) == expected
-    gin_config.parse([file], [("STEPS", "10_000")])
-    assert gin_config.snapshot()["STEPS"] == "10000"
+        assert gin_config.required("DIR", gin.query_parameter("%DIR"), "") == given
+    for given, expected in (("10_000", 10_000), ("1e3", 1000.0)):
+        gin_config.parse([file], [("STEPS", given)])
+        assert gin.query_parameter("%STEPS") == expected
+    gin_config.parse([file], [("show.value", "1e-3")])
+    assert show() == 0.001
 
 
 # Errors.

@@ -22,6 +22,7 @@ from recalign_jax.errors import InputError, RunError
 from recalign_jax.inference import answers, chunks, filters, job, requests
 from recalign_jax.inference.answers import Models
 from recalign_jax.inference.rows import Needs, request_of
+from tests.corpora import prepared, write_tables
 
 NEEDS = Needs()
 
@@ -55,6 +56,21 @@ def test_users_of_a_corpus_are_asked_by_their_histories(shop_corpus):
             assert len(request.ratings) == len(history)
         assert not rejected
     assert requests.of_corpus(shop_corpus, "all", 3).total == 3
+
+
+def test_other_users_are_another_job(tmp_path):
+    """Also where they met the same items in the same order: the corpus is told by these alone."""
+    found = []
+    for prefix in ("u", "shop:u"):
+        rows = [(f"{prefix}{user}", f"i{item}", item) for user in range(3) for item in range(4)]
+        name = f"by_{len(prefix)}"
+        found.append(prepared("tables", write_tables(tmp_path / name, rows), tmp_path / "data", name))
+    assert found[0].fingerprint == found[1].fingerprint
+    assert len({requests.of_corpus(corpus, "all").fingerprint for corpus in found}) == 2
+    assert requests.of_corpus(found[0], "all").fingerprint == requests.of_corpus(found[0], "all").fingerprint
+
+
+def test_only_a_split_is_asked(shop_corpus):
     with pytest.raises(InputError, match=r"SPLIT is 'tset'.*Did you mean 'test'"):
         requests.of_corpus(shop_corpus, "tset")
 

@@ -7,6 +7,8 @@ import pathlib
 import pytest
 
 from recalign_jax import cli
+from recalign_jax.checkpoint import saved
+from recalign_jax.errors import RunError
 from recalign_jax.reporting import runs
 
 
@@ -50,6 +52,29 @@ def test_states(tmp_path, capsys):
     assert (found["running"]["step"], found["running"]["last_step"]) == (3, 5)
     assert found["running"]["of"] == "shop_all"
     assert found["running"]["best"] is None
+
+
+def test_runs_may_be_called_as_parts_of_runs_are(tmp_path, capsys):
+    names = ("checkpoints", "profile", "tries", "damaged_checkpoints")
+    for name in names:
+        write_run(tmp_path / name, 5, 5)
+        write_run(tmp_path / name / name, 5, 5)  # below a run it is what its name says
+    assert set(listed(tmp_path, capsys)) == set(names)
+
+
+def test_a_checkpoint_that_cannot_be_read_now_hides_no_run(tmp_path, capsys, monkeypatch):
+    """As one of a colleague who lets nobody in."""
+    write_run(tmp_path / "closed", 5, 5)
+    (tmp_path / "closed" / "checkpoints" / "5").mkdir(parents=True)
+    asked = []
+
+    def refused(folder):
+        asked.append(folder)
+        raise RunError(f"Checkpoint {folder} can't be read now (Permission denied).")
+
+    monkeypatch.setattr(saved, "read_metadata", refused)
+    assert set(listed(tmp_path, capsys)) == {"closed"}
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,9 @@ def test_literals_are_what_python_reads():
         ("$12.99.1", None),
         (".a-box-inner{background-color:#fff}#alohaBuyBoxWidget", None),
         ("$" + "1" * 200, None),
+        ("$" + "1" * 60, None),
+        ("\uff11\uff12.\uff19\uff19", None),
+        ("\u00a0$12.99\u00a0", 12.99),
     ],
 )
 def test_prices_of_amazon(raw, expected):

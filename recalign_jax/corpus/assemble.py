@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recalign_jax import errors
+from recalign_jax import errors, terminal
 from recalign_jax.corpus import build
 from recalign_jax.corpus.build import Interactions, Sequences
 from recalign_jax.corpus.records import Item, ItemText, Reject
 from recalign_jax.corpus.sources import rejects
 
 _NO_TEXT = ItemText()
+_ANOTHER_UNIT = 100  # so many times as large: no years between two deliveries make that
 
 
 class Reader(NamedTuple):
@@ -109,7 +110,20 @@ def _after(before: Sequences, log: Interactions) -> Interactions:
         difference = "has no ratings, but" if before.ratings is None else "has ratings, and"
         such = "have some: leave that column out" if before.ratings is None else "have none"
         raise errors.InputError(f"The corpus {difference} the new interactions {such}.")
+    _warn_of_another_unit(before.timestamps, log.timestamps)
     return build.join([build.log_of(before), log])
+
+
+def _warn_of_another_unit(before: np.ndarray, new: np.ndarray) -> None:
+    """Dumps keep their own unit of time, seconds or milliseconds, and the order of interactions is by these numbers."""
+    if not len(new):
+        return
+    known, added = float(np.median(before)), float(np.median(new))
+    if min(known, added) > 0 and not 1 / _ANOTHER_UNIT < added / known < _ANOTHER_UNIT:
+        terminal.warn(
+            f"The new timestamps are around {added:.3g}, those of the corpus around {known:.3g}. If one of them are "
+            f"milliseconds and the others seconds, all of one come before all of the others: convert them first."
+        )
 
 
 def _join_items(

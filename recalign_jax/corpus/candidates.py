@@ -109,6 +109,7 @@ def _cumulative_popularity(corpus: Corpus) -> np.ndarray:
 def _categories(corpus: Corpus) -> tuple[np.ndarray, list[np.ndarray]]:
     """Number of the last category of each item, [I], and the items of each; items without one share one."""
     names = [(text.categories or ("",))[-1] for text in map(corpus.item_text, range(corpus.num_items))]
-    distinct, category_of = np.unique(names, return_inverse=True)
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    category_of = np.fromiter((numbers[name] for name in names), np.int64, len(names))
     order = np.argsort(category_of, kind="stable")
-    return category_of, np.split(order, np.searchsorted(category_of[order], np.arange(1, len(distinct))))
+    return category_of, np.split(order, np.searchsorted(category_of[order], np.arange(1, len(numbers))))

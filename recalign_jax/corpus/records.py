@@ -161,6 +161,11 @@ def number(value: object, column: str) -> float:
     return float(value)
 
 
+def rating_text(rating: float) -> str:
+    """A rating as it is written and read, as "4" or "3.5": the fewest digits that tell it from others in float32."""
+    return np.format_float_positional(np.float32(rating), trim="-")
+
+
 @functools.lru_cache(maxsize=4096)  # ratings have few values
 def _number_of(text: str) -> float | str:
     """Returns the number that a text spells, else the text."""

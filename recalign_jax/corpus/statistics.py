@@ -1,10 +1,12 @@
 """The statistics of a corpus."""
 
+import collections
 from typing import Any
 
 import numpy as np
 
 from recalign_jax.corpus.corpus import Corpus
+from recalign_jax.corpus.records import rating_text
 
 _MAX_RATING_VALUES = 20
 
@@ -19,7 +21,6 @@ def statistics(corpus: Corpus) -> dict[str, Any]:
     """
     lengths = corpus.lengths
     titles = [title for item in range(corpus.num_items) if (title := corpus.item_text(item).title)]
-    _, sharers = np.unique(titles, return_counts=True)
     same_time = np.diff(corpus.timestamps) == 0
     starts = corpus.user_offsets[1:-1] - 1  # pairs that span two users
     within = np.delete(same_time, starts)
@@ -32,7 +33,7 @@ def statistics(corpus: Corpus) -> dict[str, Any]:
         "users_train_only": corpus.num_users - len(corpus.evaluation_users),
         "items_never_met": int((np.bincount(corpus.items, minlength=corpus.num_items) == 0).sum()),
         "untitled_items": corpus.num_items - len(titles),
-        "shared_titles": int(sharers[sharers > 1].sum()),
+        "shared_titles": sum(sharers for sharers in collections.Counter(titles).values() if sharers > 1),
         "unseen_test_items": _mean(corpus.training_popularity[corpus.targets("test")] == 0),
         "tied_pairs": _mean(within),
         "tied_test_items": _mean(same_time[test - 1]),
@@ -53,15 +54,13 @@ def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def rating_text(rating: float) -> str:
-    """A rating as it is written and read, as "4" or "3.5": the fewest digits that tell it from others in float32."""
-    return np.format_float_positional(np.float32(rating), trim="-")
-
-
 def rating_counts(ratings: np.ndarray) -> dict[str, int]:
     """Returns how often each rating occurs; of many different ones, in ten bins of equal width."""
     values, counts = np.unique(ratings, return_counts=True)
     if len(values) <= _MAX_RATING_VALUES:
         return {rating_text(value): int(count) for value, count in zip(values, counts, strict=True)}
     counts, edges = np.histogram(ratings.astype(np.float64), bins=10)
-    return {f"{low:g} to {high:g}": int(n) for low, high, n in zip(edges, edges[1:], counts, strict=False)}
+    texts = [f"{edge:g}" for edge in edges]
+    if len(set(texts)) < len(texts):  # a narrow range of large numbers
+        texts = [np.format_float_positional(edge, trim="-") for edge in edges]
+    return {f"{low} to {high}": int(n) for low, high, n in zip(texts, texts[1:], counts, strict=False)}

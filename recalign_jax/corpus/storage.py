@@ -26,8 +26,10 @@ from recalign_jax.corpus.records import ItemText
 FORMAT_VERSION = 1
 
 
-def write(directory: pathlib.Path, metadata: Mapping[str, Any], sequences: Sequences, texts: Sequence[ItemText]) -> str:
-    """Writes all files of a corpus into an empty directory and returns its fingerprint.
+def write(
+    directory: pathlib.Path, metadata: Mapping[str, Any], sequences: Sequences, texts: Sequence[ItemText]
+) -> None:
+    """Writes all files of a corpus, its fingerprint among them, into an empty directory.
 
     Args:
       directory: should be the one that `files.atomic_directory` yields.
@@ -53,7 +55,6 @@ def write(directory: pathlib.Path, metadata: Mapping[str, Any], sequences: Seque
     except (OSError, RuntimeError) as error:  # array_record has the latter for all that the system says
         reason = str(error).split(";")[0]
         raise errors.RunError(f"{directory} can't be written ({reason}). See that there is room.") from error
-    return fingerprint
 
 
 def read_metadata(directory: pathlib.Path) -> dict[str, Any]:

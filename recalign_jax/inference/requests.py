@@ -79,7 +79,9 @@ def of_corpus(corpus: Corpus, split: str, max_users: int | None = None) -> Reque
             rows = range(number * size, min((number + 1) * size, len(users)))
             yield Part(number, [request(index) for index in rows], [])
 
-    return Requests(len(users), f"{corpus.fingerprint} {split} {len(users)}", parts)
+    # The corpus's fingerprint leaves the users' ids out, which nothing that is trained sees.
+    ids = hashlib.sha256("\0".join(corpus.user_source_id(int(user)) for user in users).encode()).hexdigest()
+    return Requests(len(users), f"{corpus.fingerprint} {split} {len(users)} {ids}", parts)
 
 
 def of_table(path: pathlib.Path, corpus: Corpus, needs: Needs) -> Requests:

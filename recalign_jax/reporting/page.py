@@ -84,7 +84,7 @@ def make(runs: Sequence[Run], evaluations: Sequence[Evaluation], named: Sequence
         "prompts": prompts,
         "missing_prompts": missing_prompts,
         "recommended": [part for one in compared if (part := _recommended(one, found))],
-        "configured": [(labels[run], run) for run in trained if run.config],
+        "configured": [run for run in trained if run.config],
         "differences": _differences([run for run in trained if run.kind == "train"]),
         "versions_of_runs": [(labels[run], run.versions) for run in trained if run.versions],
         "versions": [("recalign_jax", __version__), ("Python", platform.python_version())]

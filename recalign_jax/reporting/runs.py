@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from recalign_jax.checkpoint import locations, saved
-from recalign_jax.errors import InputError
+from recalign_jax.errors import InputError, RunError
 from recalign_jax.evaluation.report import EVALUATION_FILE, FAMILIES
 from recalign_jax.reporting import gin_text
 from recalign_jax.training import log, steering
 
-_WITHOUT_RUNS = ("checkpoints", "damaged_checkpoints", "profile", "tries")
+_PARTS_OF_A_RUN = ("checkpoints", "damaged_checkpoints", "profile", "tries")
 # The best of a run is by BEST_METRIC, or else by the first of these that it logged, behind a corpus's name or not.
 _MAIN_METRICS = ("ndcg@10", "ranking_ndcg@10", "rating_rmse", "loss")
 RUNNING_SECONDS = 300
@@ -175,7 +175,8 @@ def state(run: Run, now: float) -> str:
 
 def _walk(top: pathlib.Path) -> Iterator[tuple[pathlib.Path, list[str]]]:
     for folder, below, files in os.walk(top):
-        below[:] = sorted(name for name in below if name not in _WITHOUT_RUNS and not name.startswith("."))
+        passed_over = _PARTS_OF_A_RUN if log.METRICS_FILE in files else ()
+        below[:] = sorted(name for name in below if name not in passed_over and not name.startswith("."))
         yield pathlib.Path(folder), files
 
 
@@ -209,7 +210,7 @@ def _identity(folder: pathlib.Path) -> dict[str, Any]:
     for step in locations.steps(str(folder)):
         try:
             return saved.read_metadata(locations.folder_of(str(folder), step))["identity"]
-        except saved.DamagedCheckpoint:
+        except (saved.DamagedCheckpoint, RunError):
             continue
     return {}
 

@@ -24,8 +24,9 @@ _TAG = re.compile(
     re.IGNORECASE,
 )
 _PAGE_SOURCE = re.compile(r"<script|<style|aPageStart|getTime\(|^\s*[.#@][\w-][^{}]*\{", re.IGNORECASE)
-_AMOUNT = r"\$?\s*(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+)"
+_AMOUNT = r"\$?\s*([0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]*\.?[0-9]+)"
 _PRICE = re.compile(rf"\s*(?:from\s+)?{_AMOUNT}\s*(?:-\s*{_AMOUNT}\s*)?", re.IGNORECASE)
+_MOST_DIGITS = 30  # more are no price; float32 has 38
 
 
 def item(row: reading.Row) -> Item:
@@ -105,7 +106,7 @@ def _price(value: object) -> float | None:
         return None
     if isinstance(value, str):
         match = _PRICE.fullmatch(value) if len(value) < 100 else None
-        if match is None:
+        if match is None or len(match[1]) > _MOST_DIGITS:
             return None
         value = match[1].replace(",", "")
     return records.number(value, "price")
