@@ -94,8 +94,8 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
     if len(set(slices.values())) > 1:
         raise InputError(
-            f"Machines (or slices) have {min(slices.values())} to {max(slices.values())} devices: MESH needs as many in "
-            "each."
+            f"Machines (or slices) have {min(slices.values())} to {max(slices.values())} devices: MESH needs as many "
+            "in each."
         )
     # Several GPU machines or TPU slices: the outer axes span the slow network between them, as far as they can.
     across, left = [], len(slices)

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,8 +17,10 @@ from recalign_jax.model import lora
 from recalign_jax.model.config import T5Config
 from recalign_jax.model.lora import LoraOptions
 
+Check = Callable[[Mapping[str, Any]], None]
 
-def load_initial(path: str, config: T5Config, seed: int, params: Any) -> Any:
+
+def load_initial(path: str, config: T5Config, seed: int, params: Any, check: Check = lambda identity: None) -> Any:
     """Reads parameters to start from; no process reads more of a parameter than its devices keep.
 
     Args:
@@ -25,6 +28,7 @@ def load_initial(path: str, config: T5Config, seed: int, params: Any) -> Any:
       config: of the model to be trained.
       seed: entries of the vocabulary that the checkpoint lacks (item tokens) are drawn as in a new model.
       params: its parameters' ShapeDtypeStructs with shardings.
+      check: is handed the identity of its run, empty if it is none of ours, before arrays are read; may raise.
 
     Returns:
       Parameters laid out as `params`.
@@ -33,14 +37,16 @@ def load_initial(path: str, config: T5Config, seed: int, params: Any) -> Any:
       InputError: when there is no checkpoint, or a parameter is missing, left over, of another shape, or (of one of our
         own) not what was saved.
     """
-    return _load(path, config, seed, params)[0]
+    return _load(path, config, seed, params, check)[0]
 
 
-def load_base(path: str, config: T5Config, seed: int, params: Any) -> tuple[Any, dict[str, Any]]:
+def load_base(
+    path: str, config: T5Config, seed: int, params: Any, check: Check = lambda identity: None
+) -> tuple[Any, dict[str, Any]]:
     """Reads parameters to train adapters of.
 
     Args:
-      path, config, seed, params: as `load_initial` takes them.
+      path, config, seed, params, check: as `load_initial` takes them.
 
     Returns:
       (parameters, `base` of the run's identity, by which `load_trained` finds them again).
@@ -48,17 +54,18 @@ def load_base(path: str, config: T5Config, seed: int, params: Any) -> tuple[Any,
     Raises:
       InputError: as `load_initial`.
     """
-    base, path = _load(path, config, seed, params)
+    base, path = _load(path, config, seed, params, check)
     return base, {"path": path, "seed": seed, "fingerprint": fingerprint(base)}
 
 
-def _load(path: str, config: T5Config, seed: int, params: Any) -> tuple[Any, str]:
+def _load(path: str, config: T5Config, seed: int, params: Any, check: Check) -> tuple[Any, str]:
     """Returns (what `load_initial` does, the checkpoint's path as all processes read it)."""
     try:
         path = distributed.from_first(lambda: _of_now(path))
         if pathlib.Path(path).is_absolute():
             distributed.await_seen(pathlib.Path(path).exists)
         checkpoint = open_checkpoint(path)
+        check(checkpoint.identity)
         placed = _placed(our_params(checkpoint, config, seed), params)
         # Not those that new rows were added to.
         stored = {name: leaf for name, leaf in stacking.flatten(placed).items() if name in checkpoint.fingerprints}

@@ -1,7 +1,7 @@
 """What several commands put together in the same way."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import gin
@@ -9,9 +9,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from recalign_jax import gin_config, partitioning, recommender, terminal
+from recalign_jax import gin_config, partitioning, recommender
 from recalign_jax.checkpoint import locations, saved
 from recalign_jax.checkpoint.initial import load_trained
+from recalign_jax.commands import trained_on
 from recalign_jax.errors import InputError
 from recalign_jax.evaluation import ranking, rating, retrieval
 from recalign_jax.evaluation.results import EvaluationOptions, Result
@@ -29,8 +30,6 @@ SHARES_SHOWN = {
     "prompts_with_all_candidates": "all candidates (all are scored)",
     "prompts_with_whole_history": "the whole history beside them",
 }
-# What prompts look like: a checkpoint that was trained with others answers worse.
-PROMPT_SETTINGS = ("HISTORY_LENGTH", "MAX_ITEM_TOKENS", "ITEM_FIELDS", "NEIGHBOURS", "RATING_HISTORY")
 
 
 class Model(NamedTuple):
@@ -57,16 +56,6 @@ def model_config(num_tokens: int) -> T5Config:
     return dataclasses.replace(config, vocab_size=embedding_rows(num_tokens), num_tokens=num_tokens)
 
 
-def task_fingerprints(specs: list[TaskSpec]) -> dict[str, str]:
-    """What the weights depend on: `vocabulary`, and corpus and catalogue of every corpus in the mixture."""
-    found = {}
-    for spec in specs:
-        found["vocabulary"] = spec.vocabulary.fingerprint
-        found[f"corpus {spec.corpus.name}"] = spec.corpus.fingerprint
-        found[f"catalog {spec.corpus.name} {spec.catalog.item_format}"] = spec.catalog.fingerprint
-    return found
-
-
 def load_model(spec: TaskSpec, checkpoint_path: str, mesh_shape: dict[str, int] | None, batch_macro: str) -> Model:
     """Loads a checkpoint of `recalign train` to use it for a task.
 
@@ -85,7 +74,7 @@ def load_model(spec: TaskSpec, checkpoint_path: str, mesh_shape: dict[str, int] 
     config = model_config(spec.num_tokens)
     checkpoint_path = saved.pinned(checkpoint_path)
     identity = saved.read_identity(checkpoint_path)
-    _check_trained_for(spec, checkpoint_path, identity)
+    trained_on.check_use(spec, checkpoint_path, identity)
     shapes = partitioning.with_shardings(t5.abstract_params(config), mesh)
     params, step = load_trained(checkpoint_path, config, shapes)
     return Model(config, t5.graph(config), params, step, mesh, locations.model_dir_of(checkpoint_path), identity)
@@ -132,46 +121,3 @@ def make_evaluation(
         return dataclasses.replace(result, overall=dict(zip(SHARES_SHOWN, shown.tolist(), strict=True)))
 
     return evaluate
-
-
-def _in_force(bound: Mapping[str, str], macro: str) -> str | None:
-    """The value of an option of tasks, set by its macro or without it."""
-    value = bound.get(f"TaskOptions.{macro.lower()}", f"%{macro}")
-    return bound.get(value[1:]) if value.startswith("%") else value
-
-
-def _check_trained_for(spec: TaskSpec, checkpoint_path: str, trained: dict[str, Any]) -> None:
-    item_format = spec.catalog.item_format
-    formats = {name.split()[-1] for name in trained if name.startswith("catalog ")}
-    if trained.get("vocabulary", spec.vocabulary.fingerprint) != spec.vocabulary.fingerprint:
-        raise InputError(
-            f"Checkpoint {checkpoint_path} was trained with another vocabulary than {spec.vocabulary.path}."
-        )
-    if not formats and item_format != "token":
-        terminal.warn(f"{checkpoint_path} was not trained here, so nothing tells whether it knows such prompts.")
-        return
-    if not formats:
-        raise InputError(f"Checkpoint {checkpoint_path} was not trained here, so it has no item tokens.")
-    if item_format not in formats:
-        raise InputError(
-            f"Checkpoint {checkpoint_path} was trained with items as {' and '.join(sorted(formats))}, "
-            f"but {spec.name} has them as {item_format}."
-        )
-    bound = gin_config.snapshot()
-    for name in PROMPT_SETTINGS:
-        then, now = _in_force(trained, name), _in_force(bound, name)
-        if None not in (then, now) and then != now:
-            terminal.warn(f"{checkpoint_path} was trained with {name} {then}; here it is {now}.")
-    extended = {extension["before"]["fingerprint"] for extension in spec.corpus.metadata.get("extensions", [])}
-    if trained.get(f"corpus {spec.corpus.name}") in extended:
-        if item_format == "token":
-            raise InputError(
-                f"Checkpoint {checkpoint_path} was trained before {spec.corpus.name} was extended: it has no tokens "
-                f"for the new items. Train on from it with --gin.INITIAL_CHECKPOINT={checkpoint_path}."
-            )
-    elif trained.get(f"catalog {spec.corpus.name} {item_format}") != spec.catalog.fingerprint:
-        where = f"another catalogue than that of {spec.corpus.directory}"
-        # Tokens and digits are numbers of items, which a corpus that is the same has as they were.
-        if item_format != "title" and trained.get(f"corpus {spec.corpus.name}") != spec.corpus.fingerprint:
-            raise InputError(f"Checkpoint {checkpoint_path} was trained on {where}: its item numbers are other items.")
-        terminal.warn(f"{checkpoint_path} was trained on {where}.")

@@ -15,7 +15,8 @@ import jax
 from recalign_jax import files, gin_config, partitioning, terminal
 from recalign_jax.checkpoint import locations
 from recalign_jax.checkpoint.initial import load_base, load_initial
-from recalign_jax.commands.common import EVALUATED, make_evaluation, model_config, task_fingerprints
+from recalign_jax.commands import trained_on
+from recalign_jax.commands.common import EVALUATED, make_evaluation, model_config
 from recalign_jax.commands.eval import evaluation_command
 from recalign_jax.corpus.corpus import data_dir_or_default
 from recalign_jax.errors import InputError
@@ -118,6 +119,7 @@ def train_command(
     words = vocabularies.load(vocabulary)
     identity: dict[str, Any] = run_identity(task_specs) | {"vocabulary": words.fingerprint}
     initial_params, base, lora_options = None, None, LoraOptions()
+    check = functools.partial(trained_on.check_start, task_specs, (vocabulary, words.fingerprint))
     if lora_options.rank:
         if initial_checkpoint is None:
             raise InputError("LORA_RANK needs something to adapt: --gin.INITIAL_CHECKPOINT=PATH.")
@@ -130,12 +132,12 @@ def train_command(
                 "learn: use --gin.OPTIMIZER=adamw."
             )
         shapes = partitioning.with_shardings(t5.abstract_params(config), mesh)
-        base, told = load_base(initial_checkpoint, config, options.seed, shapes)
+        base, told = load_base(initial_checkpoint, config, options.seed, shapes, check)
         identity.pop("INITIAL_CHECKPOINT", None)  # the path in `base` is whole, and has a fingerprint beside it
         # JSON has no tuples.
         identity |= {"base": told, "lora": dataclasses.asdict(lora_options) | {"targets": list(lora_options.targets)}}
     elif initial_checkpoint is not None:
-        initial_params = functools.partial(load_initial, initial_checkpoint, config, options.seed)
+        initial_params = functools.partial(load_initial, initial_checkpoint, config, options.seed, check=check)
     result = train(
         options,
         Job(config, make_optimizer(), mesh, step_options, input_options, lora_options),
@@ -195,7 +197,9 @@ def run_identity(task_specs: list[TaskSpec]) -> dict[str, str]:
     kind = values.get("make_schedule.kind", "")
     if "linear_warmup" in values.get(kind.removeprefix("%"), kind):
         may_change.remove("TRAIN_STEPS")  # the learning rate falls towards the last step
-    return {name: value for name, value in values.items() if name not in may_change} | task_fingerprints(task_specs)
+    return {name: value for name, value in values.items() if name not in may_change} | trained_on.task_fingerprints(
+        task_specs
+    )
 
 
 def make_evaluator(spec: TaskSpec, config: Any, mesh: jax.sharding.Mesh, prefix: str) -> Evaluator:

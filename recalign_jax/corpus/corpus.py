@@ -141,6 +141,11 @@ class Corpus:
         """Returns the id that the source has for an item."""
         return self._item_records[0][item]
 
+    def numbering(self, count: int) -> str:
+        """Returns "COUNT HASH" of the ids of the first `count` items: equal where their numbers are the same items."""
+        ids = "\0".join(self._item_records[0][:count])
+        return f"{count} {hashlib.sha256(ids.encode()).hexdigest()}"
+
     def user_source_id(self, user: int) -> str:
         """Returns the id that the source has for a user. The first call reads the ids of all users."""
         return self._user_ids[user]
