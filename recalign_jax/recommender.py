@@ -95,7 +95,7 @@ def make_recommender(
     spec: TaskSpec,
     graphdef: nnx.GraphDef,
     options: DecodingOptions,
-    sharding: jax.sharding.Sharding,
+    sharding: jax.sharding.NamedSharding,
     model_dir: str | None = None,
     permitted: np.ndarray | None = None,
 ) -> Callable[[Any], Recommend]:
@@ -116,7 +116,9 @@ def make_recommender(
     else:
         tokens, lengths = catalog.tokens[permitted], catalog.lengths[permitted]
         trie = build_trie(tokens, lengths, catalog.popularity[permitted], spec.num_tokens)
-    generate = make_generate(graphdef, options.num_beams, options.top_k, options.length_penalty, options.scores)
+    generate = make_generate(
+        graphdef, options.num_beams, options.top_k, options.length_penalty, options.scores, sharding.mesh
+    )
 
     def with_params(params: Any) -> Recommend:
         def recommend(queries: Sequence[Query], excluded: Sequence[np.ndarray]) -> Ranked:
@@ -139,7 +141,7 @@ def make_scorer(
     spec: TaskSpec,
     graphdef: nnx.GraphDef,
     options: DecodingOptions,
-    sharding: jax.sharding.Sharding,
+    sharding: jax.sharding.NamedSharding,
     model_dir: str | None = None,
 ) -> Callable[[Any], ScoreCandidates]:
     """Returns parameters -> scorer for a ranking task: log-likelihoods of the candidates after a prompt with them.
@@ -152,7 +154,7 @@ def make_scorer(
 
     @functools.cache
     def generate_for(beams: int) -> Generate:
-        return make_generate(graphdef, beams, beams, options.length_penalty, options.scores)
+        return make_generate(graphdef, beams, beams, options.length_penalty, options.scores, sharding.mesh)
 
     def with_params(params: Any) -> ScoreCandidates:
         def score(queries: Sequence[Query], candidates: np.ndarray) -> Scored:
@@ -173,7 +175,7 @@ def make_scorer(
 
 
 def make_rater(
-    spec: TaskSpec, graphdef: nnx.GraphDef, options: DecodingOptions, sharding: jax.sharding.Sharding
+    spec: TaskSpec, graphdef: nnx.GraphDef, options: DecodingOptions, sharding: jax.sharding.NamedSharding
 ) -> Callable[[Any], PredictRatings]:
     """Returns parameters -> predictor for a rating task: from the likelihoods of all ratings that the corpus has.
 
@@ -181,7 +183,7 @@ def make_rater(
     don't count.
     """
     values, trie = _rating_trie(spec)
-    generate = make_generate(graphdef, len(values), len(values))
+    generate = make_generate(graphdef, len(values), len(values), mesh=sharding.mesh)
 
     def with_params(params: Any) -> PredictRatings:
         def predict(queries: Sequence[RatedQuery]) -> Predicted:

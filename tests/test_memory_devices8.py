@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from recalign_jax import partitioning
+from recalign_jax.corpus.catalog import EOS_ID
+from recalign_jax.decoding.retrieve import make_generate, retrieve
+from recalign_jax.decoding.trie import build_trie
 from recalign_jax.model import lora, t5
 from recalign_jax.model.config import T5Config
 from recalign_jax.model.lora import LoraOptions
@@ -137,3 +140,44 @@ def test_evaluation_over_a_mesh_equals_one_device():
     one, eight = evaluated({}, 1), evaluated({"fsdp": 4, "model": 2}, 8)
     for name, value in one.items():
         np.testing.assert_allclose(eight[name], value, rtol=1e-5, err_msg=name)
+
+
+ITEMS, USERS = 60, 16
+
+
+def decoded(shape, devices):
+    """(the compiled program of a batch of users, their items and scores by user)."""
+    mesh = partitioning.make_mesh(shape, jax.devices()[:devices])
+    sharding = partitioning.batch_sharding(mesh)
+    random = np.random.default_rng(3)
+    lengths = random.integers(2, 6, ITEMS)
+    tokens = np.where(np.arange(6) < lengths[:, None] - 1, random.integers(2, 500, (ITEMS, 6)), 0)
+    tokens[np.arange(ITEMS), lengths - 1] = EOS_ID
+    trie = build_trie(tokens, lengths, random.permutation(ITEMS), CONFIG.vocab_size)
+    prompts = [random.integers(2, 500, size).astype(np.int32) for size in random.integers(3, 30, USERS + 5)]
+    without = [random.integers(0, ITEMS, 3).astype(np.int32) for _ in prompts]
+    params = t5.init_params(CONFIG, jax.random.key(1))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, partitioning.with_shardings(params, mesh))
+    params = jax.device_put(params, shardings)
+    generate = make_generate(t5.graph(CONFIG), 8, 5, mesh=mesh)
+    parts = list(retrieve(generate, params, trie, prompts, without, USERS, sharding))
+    order = np.argsort(np.concatenate([part[0] for part in parts]))
+    items, scores = (np.concatenate([part[place] for part in parts])[order] for place in (1, 2))
+    rows = jax.ShapeDtypeStruct((USERS, 32), np.int32, sharding=sharding)
+    return generate.lower(params, rows, rows, None, trie).compile(), items, scores
+
+
+def test_decoding_over_a_mesh_equals_one_device():
+    _, items, scores = decoded({}, 1)
+    _, found, theirs = decoded({"fsdp": 4, "model": 2}, 8)
+    np.testing.assert_array_equal(found, items)
+    np.testing.assert_allclose(theirs, scores, rtol=1e-5)
+
+
+def test_every_device_decodes_its_own_rows():
+    """As in training: without the mesh all devices have all rows, and split the width of layers."""
+    program, *_ = decoded({"fsdp": 8}, 8)
+    text = program.as_text()
+    assert f"f32[{USERS // 8},32,{CONFIG.mlp_dim}]" in text
+    assert f"f32[{USERS},32,{CONFIG.mlp_dim}]" not in text
+    assert f"f32[{USERS},32,{CONFIG.mlp_dim // 8}]" not in text

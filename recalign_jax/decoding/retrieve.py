@@ -1,5 +1,6 @@
 """From prompts to ranked items: length buckets, padding, and one compiled program a bucket."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -7,7 +8,9 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from recalign_jax import partitioning
 from recalign_jax.decoding import forced
 from recalign_jax.decoding.beam_search import beam_search
 from recalign_jax.decoding.finished import BeamResult
@@ -22,15 +25,19 @@ Generate = Callable[[Any, jax.Array, jax.Array, jax.Array | None, Trie], BeamRes
 
 
 def make_generate(
-    graphdef: nnx.GraphDef, num_beams: int, top_k: int, length_penalty: float = 0.0, scores: str = "vocabulary"
+    graphdef: nnx.GraphDef,
+    num_beams: int,
+    top_k: int,
+    length_penalty: float = 0.0,
+    scores: str = "vocabulary",
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> Generate:
     """Returns the jitted `(params, tokens [B, L], excluded [B, X], allowed [B, A] or None, trie) -> BeamResult`.
 
-    The arguments are those of `beam_search`. The encoder's output and the cross-attention's keys and values exist once
-    a user, whatever the number of beams.
+    The arguments are those of `beam_search`, and the mesh over whose devices rows are split. The encoder's output and
+    the cross-attention's keys and values exist once a user, whatever the number of beams.
     """
 
-    @jax.jit
     def generate(
         params: Any, tokens: jax.Array, excluded: jax.Array, allowed: jax.Array | None, trie: Trie
     ) -> BeamResult:
@@ -56,7 +63,7 @@ def make_generate(
             scores=scores,
         )
 
-    return generate
+    return jax.jit(generate if mesh is None else partitioning.on_mesh(generate, mesh))
 
 
 def retrieve(
@@ -66,7 +73,7 @@ def retrieve(
     prompts: Sequence[np.ndarray],
     excluded: Sequence[np.ndarray],
     batch_size: int,
-    sharding: jax.sharding.Sharding,
+    sharding: NamedSharding,
     allowed: Sequence[np.ndarray] | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Ranks items for every prompt, shortest prompts first.
@@ -87,6 +94,8 @@ def retrieve(
     Raises:
       RunError: the model gave a prompt NaN; in all processes alike.
     """
+    # Replicated once: each call would copy it to all devices but its own.
+    trie = jax.device_put(trie, NamedSharding(sharding.mesh, PartitionSpec()))
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
     width = _bucket(max((len(items) for items in excluded), default=0))
     allowed_width = _bucket(max((len(items) for items in allowed or []), default=0))
@@ -96,13 +105,18 @@ def retrieve(
         tokens = padded([prompts[i] for i in chosen], batch_size, _bucket(len(prompts[chosen[-1]])), fill=0)
         without = padded([excluded[i] for i in chosen], batch_size, width, fill=-1)
         only = None if allowed is None else padded([allowed[i] for i in chosen], batch_size, allowed_width, fill=-1)
-        tokens, without, only = jax.device_put((tokens, without, only), sharding)
-        result = generate(params, tokens, without, only, trie)
+        placed: Any = jax.tree.map(functools.partial(_placed, sharding), (tokens, without, only))
+        result = generate(params, placed[0], placed[1], placed[2], trie)
         if running is not None:
             yield _fetched(*running)
         running = chosen, result  # the device is at work on it while the caller has the one before
     if running is not None:
         yield _fetched(*running)
+
+
+def _placed(sharding: NamedSharding, rows: np.ndarray) -> jax.Array:
+    """Of several processes all have all rows; `jax.device_put` would have them compared, and wait for the search."""
+    return jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__)
 
 
 def _fetched(chosen: np.ndarray, result: BeamResult) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
