@@ -240,6 +240,20 @@ def test_runs_of_other_settings_are_no_seeds(shop, tmp_path):
     assert sorted(labels_of(trained, evaluations, lambda one: "shop").values()) == ["0", "1"]
 
 
+def test_seeds_of_different_runs_in_one_folder_are_told_apart(shop, tmp_path):
+    """Their paths have the same parts in common, and no seed of one is a seed of the other."""
+    for name in ("narrow_s0", "narrow_s1", "wide_s0", "wide_s1"):
+        run = shutil.copytree(shop / "runs" / "tiny" / name[-1], tmp_path / "study" / "tiny" / name)
+        if name.startswith("wide"):
+            config = (run / "config.gin").read_text()
+            (run / "config.gin").write_text(config.replace("LEARNING_RATE = ", "LEARNING_RATE = 1"))
+    trained, evaluations = runs.find([str(tmp_path)])
+    found = labels_of(trained, evaluations, lambda one: "shop")
+    assert sorted(found.values()) == 2 * ["narrow_s0, narrow_s1"] + 2 * ["wide_s0, wide_s1"]
+    [comparison] = comparisons.compare(evaluations, found, lambda one: "shop", {})
+    assert [row.detail for row in comparison.rows] == 2 * ["2 seeds"]
+
+
 def compared(folder: pathlib.Path, other: pathlib.Path, change: dict) -> list[comparisons.Comparison]:
     """Comparisons of a copy of the shop's runs where the second seed's evaluation says something else."""
     shutil.copytree(folder / "runs", other / "runs")

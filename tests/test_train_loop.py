@@ -107,6 +107,8 @@ def test_a_metric_that_is_not_evaluated_is_named(run):
         run("typo", [scripted([0.1])], eval_period=1, best_metric="validation_recal@10")
     with pytest.raises(InputError, match="EVAL_PERIOD"):
         run("never", best_metric=METRIC)
+    with pytest.raises(InputError, match=r"BEST_METRIC is 'loss': .* as validation_loss"):
+        run("never", eval_period=1, best_metric="loss")  # which every record has, of evaluations or not
     with pytest.raises(InputError, match="needs BEST_METRIC"):
         run("never", eval_period=1, early_stopping=2)
 

@@ -119,12 +119,12 @@ def train_command(
     words = vocabularies.load(vocabulary)
     identity: dict[str, Any] = run_identity(task_specs) | {"vocabulary": words.fingerprint}
     initial_params, base, lora_options = None, None, LoraOptions()
-    check = functools.partial(trained_on.check_start, task_specs, (vocabulary, words.fingerprint))
+    check = functools.partial(
+        trained_on.check_start, task_specs, (vocabulary, words.fingerprint), bool(lora_options.rank)
+    )
     if lora_options.rank:
         if initial_checkpoint is None:
             raise InputError("LORA_RANK needs something to adapt: --gin.INITIAL_CHECKPOINT=PATH.")
-        if config.num_tokens is not None and config.num_tokens > words.num_tokens:
-            terminal.warn("Adapters don't train the embeddings of item tokens: start from a model that has them.")
         values = gin_config.snapshot()
         if "adafactor" in values.get("OPTIMIZER", "") and "adafactor.multiply_by_parameter_scale" not in values:
             terminal.warn(

@@ -74,12 +74,15 @@ def check_use(spec: TaskSpec, checkpoint_path: str, trained: Mapping[str, Any]) 
         terminal.warn(f"{checkpoint_path} was trained on another catalogue than that of {corpus.directory}.")
 
 
-def check_start(specs: Sequence[TaskSpec], vocabulary: tuple[str, str], trained: Mapping[str, Any]) -> None:
+def check_start(
+    specs: Sequence[TaskSpec], vocabulary: tuple[str, str], adapters: bool, trained: Mapping[str, Any]
+) -> None:
     """Holds a checkpoint against a run that is to start from it; warns of what it would have to unlearn.
 
     Args:
       specs: of the run's tasks.
       vocabulary: path and fingerprint.
+      adapters: whether nothing but adapters of it is trained.
       trained: as of `check_use`.
 
     Raises:
@@ -90,6 +93,8 @@ def check_start(specs: Sequence[TaskSpec], vocabulary: tuple[str, str], trained:
         raise InputError(f"it was trained with another vocabulary than {path}.")
     had_tokens = any(name.startswith("catalog ") and name.endswith(" token") for name in trained)
     for spec in {spec.corpus.name: spec for spec in specs if spec.catalog.item_format == "token"}.values():
+        if adapters and (not had_tokens or _num_items(spec, trained) < spec.corpus.num_items):
+            terminal.warn("Adapters don't train the embeddings of item tokens: start from a model that has them.")
         if had_tokens and not has_numbers_of(spec, trained):
             terminal.warn(
                 f"INITIAL_CHECKPOINT has tokens of other items than {spec.corpus.name}: its items start as those that "

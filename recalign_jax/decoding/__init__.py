@@ -1,1 +1,1 @@
-"""Catalogue trie, constrained beam search, sequence likelihood. Knows token sequences, not recommendation."""
+"""Catalogue trie, constrained beam search, likelihoods of candidates. Knows token sequences, not recommendation."""

@@ -29,18 +29,26 @@ def labels_of(
     short: dict[tuple[str, str], list[list[Run | Evaluation]]] = {}
     for members in filter(None, groups.values()):
         short.setdefault((corpus_of(members[0]), _method(members[0]) or "/".join(_parts(members))), []).append(members)
-    return {
-        member: _told_apart(label, _parts(members), [_parts(one) for one in same]) if len(same) > 1 else label
-        for (_, label), same in short.items()
-        for members in same
-        for member in members
-    }
+    labels: dict[Run | Evaluation, str] = {}
+    for (_, label), same in short.items():
+        called = [_told_apart(label, _parts(members), [_parts(one) for one in same]) for members in same]
+        for members, name in zip(same, called, strict=True):
+            chosen = label if len(same) == 1 else name if called.count(name) == 1 else _names(members)
+            labels |= dict.fromkeys(members, chosen)
+    return labels
 
 
 def _told_apart(label: str, parts: list[str], of_all: list[list[str]]) -> str:
     """A label that several have, with the parts of the path that not all of them have."""
     shown = "/".join(part for part in parts if not all(part in others for others in of_all))
     return shown if label in shown else f"{label} ({shown})" if shown else label
+
+
+def _names(members: Sequence[Run | Evaluation]) -> str:
+    """What the paths of several don't have in common, one after the other; the path of one."""
+    paths = [pathlib.PurePath(member.name).parts for member in members]
+    shared = set(_parts(members)) if len(members) > 1 else set()
+    return ", ".join("/".join(part for part in path if part not in shared) for path in paths)
 
 
 def _but_for_the_seed(run: Run) -> Any:

@@ -103,7 +103,7 @@ def _joined(x: jax.Array) -> jax.Array:
 
 
 def summed(batch: dict[str, jax.Array], entropy: jax.Array, z: jax.Array, num_tasks: int) -> dict[str, jax.Array]:
-    """Weighted sums of a batch: `metrics` divides them, after any number of them were added.
+    """Weighted sums of a batch: `measures.means` divides them, after any number of them were added.
 
     None has a gradient: the total of `in_chunks` has.
 

@@ -171,7 +171,7 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch, base: Any = None) -> tuple[TrainState, Sums]:
-        # The rbg generator costs a fraction of threefry's time on TPU and GPU.
+        # The rbg generator costs a fraction of threefry's time on TPU and GPU; but every device draws all rows' noise.
         dropout_key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.step)
 
         weight = jnp.sum(batch["decoder_loss_weights"])

@@ -83,6 +83,10 @@ class TrainOptions:
                 raise InputError(f"{name.upper()} is {getattr(self, name)}: must be at least 1.")
         if self.eval_period < 0:
             raise InputError(f"EVAL_PERIOD is {self.eval_period}: give 0 for no evaluation.")
+        if self.best_metric is not None and not self.best_metric.startswith("validation_"):
+            raise InputError(
+                f"BEST_METRIC is {self.best_metric!r}: what is evaluated is called validation_..., as validation_loss."
+            )
         if self.best_metric is not None and not self.eval_period:
             raise InputError("BEST_METRIC needs evaluations: --gin.EVAL_PERIOD=STEPS.")
         if self.early_stopping is not None and (self.best_metric is None or self.early_stopping < 1):
@@ -198,6 +202,8 @@ def train(
             whole = params if base is None else merge(base, params)
             with preemption.postponed(False), failures.out_of_memory_in_evaluation():  # what is evaluated is saved
                 record = record | _evaluate(eval_step, evaluators, whole, held_out, batch_sharding, names)
+            if options.best_metric is not None:
+                checkpointing.finish(checkpoints)  # what is called the best is there, and not being written
         # First, so that whatever comes between the two, the evaluation is done again.
         evaluated = [*filter(has_checkpoint, run_log.records), {"step": step, **record}]
         steering.write_best(evaluated, options.best_metric, options.model_dir)
