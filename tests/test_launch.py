@@ -6,6 +6,7 @@ import io
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,6 +47,29 @@ def run(script: str, *arguments: str, folder: pathlib.Path, **variables: str) ->
     process = start(script, *arguments, folder=folder, **variables)
     output, _ = process.communicate(timeout=60)
     return process.returncode, output
+
+
+# The tests.
+
+
+@pytest.mark.parametrize(
+    ("statuses", "status"),
+    [((0, 0), 0), ((5, 0), 0), ((0, 5), 0), ((5, 5), 5), ((1, 0), 1), ((0, 1), 1), ((5, 1), 1)],
+)
+def test_a_file_without_tests_of_one_kind_passes(tmp_path, programs, statuses, status):
+    """5 is pytest's for no test; a failure in the first run ends the second before it begins."""
+    (tmp_path / "launch").mkdir()
+    shutil.copy(LAUNCH / "test.sh", tmp_path / "launch")
+    (tmp_path / "launch" / "setup.sh").write_text("setup_environment() { :; }\n")
+    first, second = statuses
+    programs("python", f'case "$*" in *"not devices8"*) exit {first};; *) echo "$XLA_FLAGS $*"; exit {second};; esac')
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / "bin").rename(tmp_path / ".venv" / "bin")
+    command = [str(tmp_path / "launch" / "test.sh"), "tests/test_metrics.py"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == status
+    ran_second = "device_count=8" in ended.stdout and "-m devices8 tests/test_metrics.py" in ended.stdout
+    assert ran_second == (first != 1)
 
 
 # Several processes on this machine.
