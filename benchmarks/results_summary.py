@@ -24,10 +24,12 @@ def render(found: dict[str, Runs], judged: dict[str, Judged]) -> str:
             rows = [f"{corpus}_{item_format}_{mixture}" for mixture in study.MIXTURES]
             retrieval.append((f"{title}, items as {items}", [*rows, *beside]))
             if (corpus, item_format) == ("beauty", "token"):
-                steps = {record["steps"] for name in study.LONG if name in found for record in found[name].records}
-                label = f"the same, {' or '.join(f'{count:,}' for count in sorted(steps))} steps"
-                retrieval.append((label, [study.LONG[0], "", "", study.LONG[1], *beside]))
+                for (alone, aligned), changed in ((study.LONG, ""), (study.LONG_DROPOUT, ", dropout .2")):
+                    label = f"the same, {_steps(found, (alone, aligned))} steps{changed}"
+                    retrieval.append((label, [alone, "", "", aligned, *beside]))
         ranking.append((title, [f"{corpus}_token_ranking", f"{corpus}_token_ranking_aligned", *beside]))
+        if corpus == "beauty":
+            ranking.append(("the same, trained among 100 candidates", [*study.RANKING_100, *beside]))
     rating = ["movielens_token_rating", "movielens_token_rating_aligned"]
     rating += ["movielens/mf_rating_biases", "movielens/mf_rating"]
     added = ("+ MIM", "+ MLM", "+ MIM + MLM")
@@ -84,6 +86,11 @@ def _choices(found: dict[str, Runs], judged: dict[str, Judged]) -> str:
         verdict = one.verdict + (", one seed" if study_verdicts.of_one_seed(claim, one) else "")
         told.append(f"| {claim.text.removesuffix(' (Beauty)')} | {first} | {second} | {verdict} |")
     return "\n".join(told) if len(told) > 2 else ""
+
+
+def _steps(found: dict[str, Runs], rows: Sequence[str]) -> str:
+    steps = {record["steps"] for name in rows if name in found for record in found[name].records}
+    return " or ".join(f"{count:,}" for count in sorted(steps))
 
 
 def _figure(found: dict[str, Runs], name: str, family: str, metric: str) -> str:
