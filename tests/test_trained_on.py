@@ -1,5 +1,7 @@
 """A checkpoint answers what it was trained for, and what only looks alike is refused: from real corpora on disk."""
 
+import dataclasses
+
 import pytest
 
 from recalign_jax.commands import prepare, trained_on
@@ -47,7 +49,7 @@ def test_the_corpus_it_was_trained_on_is_no_surprise(corpus, shop_words, item_fo
     identity = trained_on.task_fingerprints([spec])
     for trained in (identity, without_items(identity)):
         trained_on.check_use(spec, "run", trained)
-        trained_on.check_start([spec], ("words", shop_words.fingerprint), False, trained)
+        trained_on.check_start([spec], shop_words, False, trained)
     assert not capsys.readouterr().err
 
 
@@ -63,7 +65,7 @@ def test_numbers_that_are_other_items_now(corpus, shop_words, tmp_path, item_for
     for trained in (identity, without_items(identity)):
         with pytest.raises(InputError, match="its item numbers are other items"):
             trained_on.check_use(spec, "run", trained)
-    trained_on.check_start([spec], ("words", shop_words.fingerprint), False, identity)
+    trained_on.check_start([spec], shop_words, False, identity)
     assert ("tokens of other items than store" in capsys.readouterr().err) == (item_format == "token")
     trained_on.check_use(
         spec_of(other, shop_words, "title"), "run", trained_on.task_fingerprints([spec_of(corpus, shop_words, "title")])
@@ -93,7 +95,7 @@ def test_an_extension_leaves_numbers_as_they_are(corpus, shop_words, knows_items
     token = spec_of(with_items, shop_words, "token")
     with pytest.raises(InputError, match="no tokens for 2 new items"):
         trained_on.check_use(token, "run", trained["token"])
-    trained_on.check_start([token], ("words", shop_words.fingerprint), False, trained["token"])
+    trained_on.check_start([token], shop_words, False, trained["token"])
     assert "warning" not in capsys.readouterr().err
 
 
@@ -103,7 +105,7 @@ def test_the_random_split_is_drawn_anew_with_an_extension(corpus, shop_words, ca
     spec = spec_of(extended(corpus, [("u0", "i9", 50, 3)]), shop_words, "id", "rating_random")
     with pytest.raises(InputError, match="random split of ratings is another one"):
         trained_on.check_use(spec, "run", before)
-    trained_on.check_start([spec], ("words", shop_words.fingerprint), False, before)
+    trained_on.check_start([spec], shop_words, False, before)
     assert "random split of ratings is another one" in capsys.readouterr().err
 
 
@@ -113,12 +115,13 @@ def test_adapters_need_tokens_that_are_there(corpus, shop_words, capsys):
     later = spec_of(extended(corpus, [("u0", "j1", 60, 3)]), shop_words, "token")
     for asked, identity, warned in ((spec, trained, False), (later, trained, True), (spec, {}, True)):
         capsys.readouterr()
-        trained_on.check_start([asked], ("words", shop_words.fingerprint), True, identity)
+        trained_on.check_start([asked], shop_words, True, identity)
         assert ("Adapters don't train the embeddings of item tokens" in capsys.readouterr().err) == warned
 
 
 def test_another_vocabulary_is_no_start(corpus, shop_words):
+    other = dataclasses.replace(shop_words, path="words.model", fingerprint="other")
     spec = spec_of(corpus, shop_words, "title")
     with pytest.raises(InputError, match=r"trained with another vocabulary than words\.model"):
-        trained_on.check_start([spec], ("words.model", "other"), False, trained_on.task_fingerprints([spec]))
-    trained_on.check_start([spec], ("words.model", "other"), False, {})  # a published model
+        trained_on.check_start([spec], other, False, trained_on.task_fingerprints([spec]))
+    trained_on.check_start([spec], other, False, {})  # a published model

@@ -119,9 +119,7 @@ def train_command(
     words = vocabularies.load(vocabulary)
     identity: dict[str, Any] = run_identity(task_specs) | {"vocabulary": words.fingerprint}
     initial_params, base, lora_options = None, None, LoraOptions()
-    check = functools.partial(
-        trained_on.check_start, task_specs, (vocabulary, words.fingerprint), bool(lora_options.rank)
-    )
+    check = functools.partial(trained_on.check_start, task_specs, words, bool(lora_options.rank))
     if lora_options.rank:
         if initial_checkpoint is None:
             raise InputError("LORA_RANK needs something to adapt: --gin.INITIAL_CHECKPOINT=PATH.")

@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recalign_jax import gin_config, terminal
+from recalign_jax.corpus.corpus import Corpus
 from recalign_jax.errors import InputError
 from seqio_tasks.specs import TaskSpec
+from seqio_tasks.vocabulary import Vocabulary
 
 # What prompts look like: a checkpoint that was trained with others answers worse.
 PROMPT_SETTINGS = ("HISTORY_LENGTH", "MAX_ITEM_TOKENS", "ITEM_FIELDS", "NEIGHBOURS", "RATING_HISTORY")
@@ -55,13 +57,12 @@ def check_use(spec: TaskSpec, checkpoint_path: str, trained: Mapping[str, Any]) 
         then, now = _in_force(trained, name), _in_force(bound, name)
         if None not in (then, now) and then != now:
             terminal.warn(f"{checkpoint_path} was trained with {name} {then}; here it is {now}.")
-    extended = {extension["before"]["fingerprint"] for extension in corpus.metadata.get("extensions", [])}
     if _has_another_random_split(spec, trained):
         raise InputError(
             f"{checkpoint} was trained on another state of {corpus.name}, of which the random split of ratings is "
             "another one: most of those held out now may be what it was trained on. Train anew."
         )
-    if item_format != "title" and not has_numbers_of(spec, trained):
+    if item_format != "title" and not _has_numbers_of(spec, trained):
         where = f"another catalogue than that of {corpus.directory}"
         raise InputError(f"{checkpoint} was trained on {where}: its item numbers are other items.")
     if item_format == "token" and (missing := corpus.num_items - _num_items(spec, trained)) > 0:
@@ -70,32 +71,29 @@ def check_use(spec: TaskSpec, checkpoint_path: str, trained: Mapping[str, Any]) 
             f"Train on from it with --gin.INITIAL_CHECKPOINT={checkpoint_path}."
         )
     same_catalog = trained.get(f"catalog {corpus.name} {item_format}") == spec.catalog.fingerprint
-    if not same_catalog and trained.get(f"corpus {corpus.name}") not in extended:
+    if not same_catalog and trained.get(f"corpus {corpus.name}") not in _sizes_before(corpus):
         terminal.warn(f"{checkpoint_path} was trained on another catalogue than that of {corpus.directory}.")
 
 
-def check_start(
-    specs: Sequence[TaskSpec], vocabulary: tuple[str, str], adapters: bool, trained: Mapping[str, Any]
-) -> None:
+def check_start(specs: Sequence[TaskSpec], vocabulary: Vocabulary, adapters: bool, trained: Mapping[str, Any]) -> None:
     """Holds a checkpoint against a run that is to start from it; warns of what it would have to unlearn.
 
     Args:
       specs: of the run's tasks.
-      vocabulary: path and fingerprint.
+      vocabulary: of the run.
       adapters: whether nothing but adapters of it is trained.
       trained: as of `check_use`.
 
     Raises:
       InputError: when it was trained with another vocabulary, as its embeddings would be of other pieces.
     """
-    path, fingerprint = vocabulary
-    if trained.get("vocabulary", fingerprint) != fingerprint:
-        raise InputError(f"it was trained with another vocabulary than {path}.")
+    if trained.get("vocabulary", vocabulary.fingerprint) != vocabulary.fingerprint:
+        raise InputError(f"it was trained with another vocabulary than {vocabulary.path}.")
     had_tokens = any(name.startswith("catalog ") and name.endswith(" token") for name in trained)
     for spec in {spec.corpus.name: spec for spec in specs if spec.catalog.item_format == "token"}.values():
         if adapters and (not had_tokens or _num_items(spec, trained) < spec.corpus.num_items):
             terminal.warn("Adapters don't train the embeddings of item tokens: start from a model that has them.")
-        if had_tokens and not has_numbers_of(spec, trained):
+        if had_tokens and not _has_numbers_of(spec, trained):
             terminal.warn(
                 f"INITIAL_CHECKPOINT has tokens of other items than {spec.corpus.name}: its items start as those that "
                 "had their numbers."
@@ -108,7 +106,7 @@ def check_start(
             )
 
 
-def has_numbers_of(spec: TaskSpec, trained: Mapping[str, Any]) -> bool:
+def _has_numbers_of(spec: TaskSpec, trained: Mapping[str, Any]) -> bool:
     """Whether the items that a checkpoint knows by number have the same numbers in a task's corpus.
 
     An extension leaves them as they are, so what has more items may have them too.
@@ -116,9 +114,7 @@ def has_numbers_of(spec: TaskSpec, trained: Mapping[str, Any]) -> bool:
     corpus = spec.corpus
     numbering = trained.get(f"items {corpus.name}")
     if numbering is None:  # nothing trained on it, or an earlier version did, which kept the fingerprints alone
-        extensions = corpus.metadata.get("extensions", [])
-        known = {corpus.fingerprint, *(extension["before"]["fingerprint"] for extension in extensions)}
-        return trained.get(f"corpus {corpus.name}") in known
+        return trained.get(f"corpus {corpus.name}") in {corpus.fingerprint, *_sizes_before(corpus)}
     count = _num_items(spec, trained)
     return count <= corpus.num_items and corpus.numbering(count) == numbering
 
@@ -128,9 +124,13 @@ def _num_items(spec: TaskSpec, trained: Mapping[str, Any]) -> int:
     corpus = spec.corpus
     if numbering := trained.get(f"items {corpus.name}"):
         return int(numbering.split()[0])
+    return _sizes_before(corpus).get(trained.get(f"corpus {corpus.name}"), corpus.num_items)
+
+
+def _sizes_before(corpus: Corpus) -> dict[str | None, int]:
+    """How many items a corpus had before each of its extensions, by its fingerprint then."""
     befores = [extension["before"] for extension in corpus.metadata.get("extensions", [])]
-    sizes = {before["fingerprint"]: before["items"] for before in befores}
-    return sizes.get(trained.get(f"corpus {corpus.name}"), corpus.num_items)
+    return {before["fingerprint"]: before["items"] for before in befores}
 
 
 def _has_another_random_split(spec: TaskSpec, trained: Mapping[str, Any]) -> bool:

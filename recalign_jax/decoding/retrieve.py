@@ -105,8 +105,8 @@ def retrieve(
         tokens = padded([prompts[i] for i in chosen], batch_size, _bucket(len(prompts[chosen[-1]])), fill=0)
         without = padded([excluded[i] for i in chosen], batch_size, width, fill=-1)
         only = None if allowed is None else padded([allowed[i] for i in chosen], batch_size, allowed_width, fill=-1)
-        placed: Any = jax.tree.map(functools.partial(_placed, sharding), (tokens, without, only))
-        result = generate(params, placed[0], placed[1], placed[2], trie)
+        tokens, without, only = jax.tree.map(functools.partial(_placed, sharding), (tokens, without, only))
+        result = generate(params, tokens, without, only, trie)
         if running is not None:
             yield _fetched(*running)
         running = chosen, result  # the device is at work on it while the caller has the one before

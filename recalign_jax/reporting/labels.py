@@ -46,9 +46,8 @@ def _told_apart(label: str, parts: list[str], of_all: list[list[str]]) -> str:
 
 def _names(members: Sequence[Run | Evaluation]) -> str:
     """What the paths of several don't have in common, one after the other; the path of one."""
-    paths = [pathlib.PurePath(member.name).parts for member in members]
-    shared = set(_parts(members)) if len(members) > 1 else set()
-    return ", ".join("/".join(part for part in path if part not in shared) for path in paths)
+    shared = _shared(members) if len(members) > 1 else []
+    return ", ".join("/".join(part for part in _path(member) if part not in shared) for member in members)
 
 
 def _but_for_the_seed(run: Run) -> Any:
@@ -67,6 +66,12 @@ def _method(one: Run | Evaluation) -> str:
 
 def _parts(members: Sequence[Run | Evaluation]) -> list[str]:
     """The parts of the path of one run, or those that the paths of several have in common."""
-    paths = [pathlib.PurePath(member.name).parts for member in members]
-    shared = [column[0] for column in zip(*paths, strict=False) if len(set(column)) == 1]
-    return shared or [", ".join("/".join(parts) for parts in paths)]
+    return _shared(members) or [_names(members)]
+
+
+def _shared(members: Sequence[Run | Evaluation]) -> list[str]:
+    return [column[0] for column in zip(*map(_path, members), strict=False) if len(set(column)) == 1]
+
+
+def _path(member: Run | Evaluation) -> tuple[str, ...]:
+    return pathlib.PurePath(member.name).parts
