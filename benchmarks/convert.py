@@ -102,7 +102,7 @@ def config_of(size: str):
 
 def write_random(folder: pathlib.Path, config) -> None:
     """Writes a Hugging Face folder of random weights, in files of 5 GB."""
-    from recalign_jax.checkpoint import export, stacking
+    from recalign_jax.checkpoint import export_huggingface, stacking
     from recalign_jax.checkpoint.arrays import LazyArray
     from recalign_jax.model import t5
 
@@ -113,7 +113,7 @@ def write_random(folder: pathlib.Path, config) -> None:
 
     folder.mkdir(parents=True)
     params = {path: of_shape(tuple(leaf.shape)) for path, leaf in stacking.flatten(t5.abstract_params(config)).items()}
-    export.write_model(folder, params, config, np.float32, 5 * 10**9, lambda _: None)
+    export_huggingface.write_model(folder, params, config, np.float32, 5 * 10**9, lambda _: None)
 
 
 def convert(source: pathlib.Path, output: pathlib.Path, to: str) -> dict[str, float]:

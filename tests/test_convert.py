@@ -10,9 +10,11 @@ import types
 import jax
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
+import tensorstore
 import torch
-from flax import nnx
+from flax import nnx, serialization, traverse_util
 from safetensors import safe_open
 
 from recalign_jax import cli, gin_config, partitioning
@@ -25,6 +27,8 @@ from recalign_jax.errors import RunError
 from recalign_jax.model import lora, t5
 from recalign_jax.model.config import T5Config
 from recalign_jax.model.lora import LoraOptions
+from recalign_jax.training import adafactor
+from recalign_jax.training.optimizer import make_schedule
 from seqio_tasks import specs
 from seqio_tasks import vocabulary as vocabularies
 from tests.checkpoint_folders import SMALL, SMALL_JSON, state_dict, write_folder
@@ -149,6 +153,116 @@ def test_t5x_checkpoint_gives_t5x_logits_in_torch(convert, tmp_path, kind):
     logits = torch_logits(tmp_path / "hf", golden["encoder_input_tokens"], golden["decoder_input_tokens"])
     real = golden["decoder_target_tokens"] > 0
     np.testing.assert_allclose(logits.numpy()[real], golden["logits"][real], rtol=0, atol=TOLERANCE)
+
+
+# To T5X. Whether T5X takes it is in test_t5x_bridge.py.
+
+
+def state_of_t5x(step):
+    """The train state in T5X's own format, and the arrays that its specs name."""
+    tree = serialization.msgpack_restore((step / "checkpoint").read_bytes())
+    assert tree["version"] == 3
+
+    def read(leaf):
+        if not isinstance(leaf, dict):
+            return leaf
+        where = {"driver": "file", "path": f"{step}/{leaf['kvstore']['path']}"}
+        return tensorstore.open(leaf | {"kvstore": where}).result().read().result()
+
+    flat = traverse_util.flatten_dict(tree["optimizer"], sep="/", is_leaf=lambda _, node: "driver" in node)
+    return flat, {name: read(leaf) for name, leaf in flat.items()}
+
+
+def test_a_checkpoint_of_t5x_comes_out_as_t5x_wrote_it(convert, tmp_path):
+    source = shared("fixtures/t5x_tiny/legacy_checkpoint_6")
+    convert(source, tmp_path / "out", "t5x")
+    (their_leaves, their_arrays), (leaves, arrays) = map(state_of_t5x, (source, tmp_path / "out" / "checkpoint_0"))
+    assert leaves.keys() == their_leaves.keys()
+    for name, leaf in their_leaves.items():
+        if isinstance(leaf, dict):
+            assert leaves[name] == leaf
+        assert (arrays[name].dtype, arrays[name].shape) == (their_arrays[name].dtype, their_arrays[name].shape)
+        # The optimizer begins anew.
+        expected = their_arrays[name] if name.startswith("target/") else np.zeros_like(their_arrays[name])
+        np.testing.assert_array_equal(arrays[name], expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_to_t5x_and_back_is_bitwise(params, convert, tmp_path, dtype):
+    bits = np.dtype(dtype).name
+    write_folder(tmp_path / "first", {name: x.astype(dtype) for name, x in state_dict(params, SMALL).items()})
+    convert(tmp_path / "first", tmp_path / "t5x", "t5x", "--dtype", bits)
+    _, arrays = state_of_t5x(tmp_path / "t5x" / "checkpoint_0")
+    assert {array.dtype for name, array in arrays.items() if name.startswith("target/")} == {np.dtype(dtype)}
+    back = convert(tmp_path / "t5x" / "checkpoint_0", tmp_path / "second", "huggingface", "--dtype", bits)
+    assert back["input_format"] == "t5x_legacy"
+    first, second = stored(tmp_path / "first"), stored(tmp_path / "second")
+    assert {name: x.tobytes() for name, x in second.items()} == {name: x.tobytes() for name, x in first.items()}
+
+
+def test_the_optimizer_of_a_run_goes_along(tmp_path, convert):
+    """Kernels of three kinds: more rows, more columns, and too small to be factored."""
+    config = dataclasses.replace(SMALL, vocab_size=200, emb_dim=128, mlp_dim=136, num_heads=2, head_dim=80)
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape, np.float32), t5.abstract_params(config))
+    schedule = make_schedule("linear_warmup_cosine", 1e-3, 2, 9)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), adafactor.adafactor(schedule, beta1=0.9))
+    state = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape).astype(leaf.dtype), optimizer.init(params))
+    metadata = {"identity": {}, "model": dataclasses.asdict(config), "positions": []}
+    with training.open_checkpoints(str(tmp_path / "run")) as checkpoints:
+        training.save(checkpoints, 7, params, state, metadata)
+    convert(tmp_path / "run", tmp_path / "t5x", "t5x")
+    _, arrays = state_of_t5x(tmp_path / "t5x" / "checkpoint_7")
+    assert arrays.pop("state/step") == 7
+    moments = state[1][0].moments
+    below = "state/param_states/decoder/layers_2"
+    more_columns = moments["decoder"]["layers"]["mlp"]["wi_1"]["kernel"]  # 128 x 136
+    np.testing.assert_array_equal(arrays[f"{below}/mlp/wi_1/kernel/v_row"], more_columns.row[2])
+    np.testing.assert_array_equal(arrays[f"{below}/mlp/wi_1/kernel/v_col"], more_columns.column[2])
+    more_rows = moments["decoder"]["layers"]["self_attention"]["out"]["kernel"]  # 160 x 128
+    np.testing.assert_array_equal(arrays[f"{below}/self_attention/out/kernel/v_row"], more_rows.column[2])
+    np.testing.assert_array_equal(arrays[f"{below}/self_attention/out/kernel/v_col"], more_rows.row[2])
+    biases = moments["decoder"]["relpos_bias"]["rel_embedding"]
+    np.testing.assert_array_equal(arrays["state/param_states/decoder/relpos_bias/rel_embedding/v"], biases)
+    momentum = state[1][2].ema["decoder"]["layers"]["mlp"]["wi_1"]["kernel"]  # of what is added, T5X's of subtracted
+    np.testing.assert_array_equal(arrays[f"{below}/mlp/wi_1/kernel/m"], -momentum[2])
+    kept = sum(x.size for name, x in arrays.items() if name.startswith("state/") and x.shape != (1,))
+    assert kept == sum(leaf.size for leaf in jax.tree.leaves((moments, state[1][2].ema)))
+
+
+def test_rows_that_stand_for_no_token_are_never_likely_in_t5x(run, shop_corpus, shop_words, convert, tmp_path):
+    """They have the weights of padding, which no target is."""
+    convert(run, tmp_path / "t5x", "t5x")
+    _, arrays = state_of_t5x(tmp_path / "t5x" / "checkpoint_3")
+    num_tokens = shop_words.num_tokens + shop_corpus.num_items
+    trained = saved.read_arrays(str(run))
+    for path, axis in {"token_embedder/embedding": 0, "decoder/logits_dense/kernel": 1}.items():
+        ours, theirs = (np.moveaxis(whole(x), axis, 0) for x in (trained[path], arrays[f"target/{path}"]))
+        np.testing.assert_array_equal(theirs[:num_tokens], ours[:num_tokens])
+        assert len(theirs) == len(ours) > num_tokens
+        np.testing.assert_array_equal(theirs[num_tokens:], np.broadcast_to(ours[0], theirs[num_tokens:].shape))
+
+
+@pytest.mark.parametrize(
+    "other", [{"logits_via_embedding": True}, {"relative_attention_max_distance": 64}, {"layer_norm_epsilon": 1e-5}]
+)
+def test_what_t5x_cannot_run_is_not_written(convert, tmp_path, other):
+    config = dataclasses.replace(SMALL, **other)
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), t5.abstract_params(config))
+    metadata = {"identity": {}, "model": dataclasses.asdict(config), "positions": []}
+    with training.open_checkpoints(str(tmp_path / "own")) as checkpoints:
+        training.save(checkpoints, 3, params, {"count": np.int32(3)}, metadata)
+    assert "T5X has no such T5.1.1" in convert(tmp_path / "own", tmp_path / "t5x", "t5x", status=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+def test_a_run_of_t5x_is_not_overwritten(folder, convert, tmp_path):
+    convert(folder, tmp_path / "t5x", "t5x")
+    convert(folder, tmp_path / "t5x", "t5x", "--overwrite")
+    (tmp_path / "t5x" / "checkpoint_0").rename(tmp_path / "t5x" / "checkpoint_5")
+    shutil.copytree(tmp_path / "t5x" / "checkpoint_5", tmp_path / "t5x" / "checkpoint_9")
+    assert "or other files beside it" in convert(folder, tmp_path / "t5x", "t5x", "--overwrite", status=2)
+    assert {path.name for path in (tmp_path / "t5x").iterdir()} == {"checkpoint_5", "checkpoint_9"}
 
 
 @pytest.mark.parametrize("scaled", [False, True])

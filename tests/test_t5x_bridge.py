@@ -1,6 +1,7 @@
 """The bridge to T5X: its gin files, its module, and, where T5X is installed, T5X itself on our tasks."""
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import json
@@ -17,16 +18,19 @@ import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import seqio
 from gin import config_parser
 
-from recalign_jax import gin_config
+from recalign_jax import cli, gin_config
+from recalign_jax.checkpoint import stacking, training
 from recalign_jax.checkpoint import t5x as t5x_checkpoint
 from recalign_jax.commands.common import model_config
 from recalign_jax.errors import InputError
 from recalign_jax.model import t5
 from recalign_jax.model.config import T5Config
+from recalign_jax.training import adafactor
 from recalign_jax.training.step import StepOptions, loss_sums
 from seqio_tasks import samples, specs, t5x_model, task_names
 
@@ -251,13 +255,13 @@ def test_loss_and_gradients_of_a_packed_batch_are_t5xs(t5x_network):
         np.testing.assert_allclose(gradient / weight, theirs / weight, rtol=0, atol=1e-4, err_msg=str(path))
 
 
-@pytest.mark.parametrize("use_orbax", [True, False], ids=["orbax", "legacy"])
-def test_t5x_trains_evaluates_and_infers(use_orbax, environment, vocabulary, tmp_path):
-    """The commands of docs/t5x.md on the shop, and the checkpoint read here."""
+@pytest.fixture(params=[True, False], ids=["orbax", "legacy"])
+def t5x_program(request, environment):
+    """Runs a program of T5X as docs/t5x.md says."""
     _needs_t5x()
 
     def run(program: str, **macros: object) -> None:
-        macros = {"TASK_FEATURE_LENGTHS": LENGTHS, "USE_ORBAX": use_orbax, "BATCH_SIZE": 8, **macros}
+        macros = {"TASK_FEATURE_LENGTHS": LENGTHS, "USE_ORBAX": request.param, "BATCH_SIZE": 8, **macros}
         files = ["t5_tiny", {"train": "finetune"}.get(program, program)]
         command = [
             sys.executable,
@@ -271,6 +275,12 @@ def test_t5x_trains_evaluates_and_infers(use_orbax, environment, vocabulary, tmp
         )
         assert done.returncode == 0, done.stderr[-3000:]
 
+    return run
+
+
+def test_t5x_trains_evaluates_and_infers(t5x_program, vocabulary, tmp_path):
+    """The commands of docs/t5x.md on the shop, and the checkpoint read here."""
+    run = t5x_program
     run(
         "train",
         MIXTURE_OR_TASK_NAME=MIXTURE,
@@ -310,3 +320,76 @@ def test_t5x_trains_evaluates_and_infers(use_orbax, environment, vocabulary, tmp
     config = dataclasses.replace(model_config(vocabulary.vocab_size), num_tokens=None)
     params = t5x_checkpoint.load_params(t5x_checkpoint.read_arrays(checkpoint), config, str(checkpoint))
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, t5.abstract_params(config))
+
+
+def test_t5x_goes_on_from_our_checkpoint(t5x_program, environment, tmp_path):
+    command = ["train", "--gin_file=gin_configs/models/t5_tiny.gin", "--gin_file=gin_configs/runs/finetune.gin"]
+    macros = {"MODEL_DIR": tmp_path / "ours", "VOCABULARY": environment["RECALIGN_VOCABULARY"], "TRAIN_STEPS": 2}
+    macros |= {"MIXTURE_OR_TASK_NAME": MIXTURE, "BATCH_SIZE": 8, "TASK_FEATURE_LENGTHS": LENGTHS}
+    command += ["--data_dir", environment["RECALIGN_DATA_DIR"]]
+    assert cli.main([*command, *(f"--gin.{name}={value}" for name, value in macros.items())]) == 0
+    assert cli.main(["convert", "--input", f"{tmp_path}/ours", "--output", f"{tmp_path}/out", "--to", "t5x"]) == 0
+    checkpoint = str(tmp_path / "out" / "checkpoint_2")
+    t5x_program(
+        "eval",
+        MIXTURE_OR_TASK_NAME="shop_retrieval_token",
+        SPLIT="validation",
+        NUM_EXAMPLES=8,
+        CHECKPOINT_PATH=checkpoint,
+        EVAL_OUTPUT_DIR=str(tmp_path / "eval"),
+    )
+    metrics = (tmp_path / "eval/inference_eval/shop_retrieval_token-metrics.jsonl").read_text()
+    assert json.loads(metrics)["step"] == 2
+    t5x_program(
+        "train",
+        MIXTURE_OR_TASK_NAME=MIXTURE,
+        MODEL_DIR=str(tmp_path / "theirs"),
+        INITIAL_CHECKPOINT_PATH=checkpoint,
+        TRAIN_STEPS=4,
+        EVAL_PERIOD=2,
+        EVAL_STEPS=1,
+        CHECKPOINT_PERIOD=2,
+        EVALUATOR_NUM_EXAMPLES=4,
+    )
+    assert (tmp_path / "theirs" / "checkpoint_4").is_dir()
+
+
+@pytest.mark.parametrize("beta1", [None, 0.9])
+def test_t5x_goes_on_with_the_state_of_our_adafactor(beta1, tmp_path):
+    """Its third update is ours."""
+    _needs_t5x()
+    from t5x import adafactor as t5x_adafactor
+    from t5x import checkpoints
+
+    config = T5Config(
+        vocab_size=64, emb_dim=24, num_heads=2, head_dim=8, num_encoder_layers=2, num_decoder_layers=3, mlp_dim=32
+    )
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape, np.float32), t5.abstract_params(config))
+    gradients = [jax.tree.map(lambda leaf: random.standard_normal(leaf.shape, np.float32), params) for _ in range(3)]
+    optimizer = adafactor.adafactor(1e-2, beta1=beta1, min_dim_size_to_factor=16)
+
+    def update(params, state, gradient):
+        updates, state = jax.jit(optimizer.update)(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for gradient in gradients[:2]:
+        params, state = update(params, state, gradient)
+    metadata = {"identity": {}, "model": dataclasses.asdict(config), "positions": []}
+    with training.open_checkpoints(str(tmp_path / "run")) as saving:
+        training.save(saving, 2, params, state, metadata)
+    assert cli.main(["convert", "--input", f"{tmp_path}/run", "--output", f"{tmp_path}/out", "--to", "t5x"]) == 0
+
+    def as_t5x(params):
+        split = stacking.split(stacking.flatten(jax.tree.map(np.asarray, params)), t5x_checkpoint.sources(config))
+        return stacking.unflatten({name: np.asarray(array) for name, array in split})
+
+    theirs = t5x_adafactor.Adafactor(1e-2, beta1=beta1, min_dim_size_to_factor=16).create(as_t5x(params))
+    theirs = theirs.restore_state(checkpoints.load_t5x_checkpoint(str(tmp_path / "out" / "checkpoint_2")))
+    assert theirs.state.step == 2
+    theirs = theirs.apply_gradient(jax.tree.map(jnp.asarray, as_t5x(gradients[2])))
+    expected = as_t5x(update(params, state, gradients[2])[0])
+    for path, leaf in jax.tree.leaves_with_path(expected):
+        there = functools.reduce(lambda node, key: node[key.key], path, theirs.target)
+        np.testing.assert_allclose(there, leaf, rtol=1e-5, atol=1e-6, err_msg=str(path))

@@ -184,6 +184,10 @@ def open_zarrs(specs: Mapping[str, dict[str, Any]]) -> dict[str, Array]:
     return {name: open_one(name, future) for name, future in futures.items()}
 
 
+def _holds_array(leaf: dict[str, Any]) -> bool:
+    return not leaf.get("value_metadata", {}).get("skip_deserialize", False)
+
+
 def open_orbax(store: Any, where: str, below: str = "") -> dict[str, Array]:
     """Opens the arrays of a tree that Orbax wrote, by their paths ('encoder/layers/mlp/wo/kernel').
 
@@ -197,7 +201,9 @@ def open_orbax(store: Any, where: str, below: str = "") -> dict[str, Array]:
     """
     try:
         metadata = json.loads(read_file(store, "_METADATA") or b"")
-        keys = [[str(part["key"]) for part in leaf["key_metadata"]] for leaf in metadata["tree_metadata"].values()]
+        # A part of an optimizer without a state is in the tree, too.
+        leaves = [leaf for leaf in metadata["tree_metadata"].values() if _holds_array(leaf)]
+        keys = [[str(part["key"]) for part in leaf["key_metadata"]] for leaf in leaves]
         ocdbt, driver = metadata.get("use_ocdbt", True), "zarr3" if metadata.get("use_zarr3") else "zarr"
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{where}: not written by Orbax, or damaged: no readable _METADATA ({error!r})") from None

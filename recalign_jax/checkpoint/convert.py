@@ -1,4 +1,4 @@
-"""From a checkpoint of any format that is read here to a Hugging Face folder or to one of our own."""
+"""From a checkpoint of any format that is read here to a Hugging Face folder, one of our own or one of T5X."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from recalign_jax import files, terminal
-from recalign_jax.checkpoint import export, locations, saved, streaming
+from recalign_jax.checkpoint import export_huggingface, export_t5x, locations, saved, streaming
 from recalign_jax.checkpoint.arrays import Array
 from recalign_jax.checkpoint.fingerprints import one_by_one
 from recalign_jax.checkpoint.formats import HUGGING_FACE, RECALIGN, Checkpoint, our_params
@@ -17,7 +17,8 @@ from recalign_jax.errors import InputError
 
 # Of a folder of Hugging Face's, beside weights and tokenizer.
 _MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
-TARGETS = (HUGGING_FACE, RECALIGN)
+T5X = "t5x"
+TARGETS = (HUGGING_FACE, RECALIGN, T5X)
 # Not 0: a run that is told to go on in such a folder must see that there is a checkpoint, and that it isn't its own.
 STEP = 1
 
@@ -41,10 +42,13 @@ def check_output(checkpoint: Checkpoint, output: pathlib.Path, overwrite: bool) 
 
 
 def _is_written_by_convert(folder: pathlib.Path) -> bool:
-    """Whether a folder is a model of Hugging Face's or one of our own, and nothing more."""
+    """Whether a folder is a model of Hugging Face's, one of our own or one of T5X, and nothing more."""
+    inside = {path.name for path in folder.iterdir()}
     if (folder / locations.DIRECTORY).is_dir():
-        return [path.name for path in folder.iterdir()] == [locations.DIRECTORY] and bool(locations.steps(str(folder)))
-    beside = {path.name for path in folder.iterdir()} - {*TOKENIZER_FILES, *_MODEL_FILES}
+        return inside == {locations.DIRECTORY} and bool(locations.steps(str(folder)))
+    if any(folder.glob("checkpoint_*")):
+        return len(inside) == 1 and bool(list(folder.glob("checkpoint_*/checkpoint")))
+    beside = inside - {*TOKENIZER_FILES, *_MODEL_FILES}
     return any(folder.glob("*.safetensors")) and all(name.endswith(".safetensors") for name in beside)
 
 
@@ -77,7 +81,7 @@ def convert(
       vocabulary: a SentencePiece model for the tokenizer files of a Hugging Face folder; None copies those of the input
         where it has some.
       identity: what one of our own checkpoints says of the run that it is from.
-      dtype: of the weights in a Hugging Face folder, `float32` or `bfloat16`.
+      dtype: of the weights, `float32` or `bfloat16`; one of our own checkpoints has float32 in any case.
       max_shard_bytes: of a safetensors file.
 
     Returns:
@@ -85,25 +89,44 @@ def convert(
 
     Raises:
       InputError: when a parameter of the input is missing, left over, of an unexpected shape, or (of one of our own)
-        not what was saved.
+        not what was saved, or `to` can't run such a model.
     """
     config = checkpoint.config
     params: dict[str, Array] = our_params(checkpoint, config, seed=0)
     hashes = one_by_one(params) if checkpoint.fingerprints or to == RECALIGN else {}
     checkpoint.check_whole(hashes)
+    optimizer, step = _adafactor_state(checkpoint) if to == T5X else ({}, 0)
     if to == HUGGING_FACE:
-        params, config = export.without_padding(params, config)
+        params, config = export_huggingface.without_padding(params, config)
     with files.atomic_directory(output) as aside, terminal.progress("convert", len(params), "parameters") as advance:
         if to == RECALIGN:
             metadata = {"identity": dict(identity), "model": dataclasses.asdict(config), "positions": []}
             metadata["fingerprints"] = {f"params/{path}": value for path, value in hashes.items()}
             streaming.save_streaming(str(aside), STEP, params, saved.sealed(metadata), advance)
+        elif to == T5X:
+            (aside / f"checkpoint_{step}").mkdir()
+            export_t5x.write_step(aside / f"checkpoint_{step}", params, config, dtype, step, optimizer, advance)
         else:
-            export.write_model(aside, params, config, dtype, max_shard_bytes, advance)
+            export_huggingface.write_model(aside, params, config, dtype, max_shard_bytes, advance)
             if vocabulary is not None:
-                export.write_tokenizer(aside, vocabulary, config)
+                export_huggingface.write_tokenizer(aside, vocabulary, config)
             elif checkpoint.input_format == HUGGING_FACE and checkpoint.folder is not None:
                 for name in TOKENIZER_FILES:
                     if (checkpoint.folder / name).is_file():
                         shutil.copyfile(checkpoint.folder / name, aside / name)
     return sum(math.prod(array.shape) for array in params.values())
+
+
+def _adafactor_state(checkpoint: Checkpoint) -> tuple[dict[str, Array], int]:
+    """Adafactor's state by path, and the updates done, of a run that trained all parameters with it; else {} and 0."""
+    folder = checkpoint.folder
+    if checkpoint.input_format != RECALIGN or folder is None or "base" in checkpoint.identity:
+        return {}, 0
+    if not (folder / "optimizer").exists():  # a converted model
+        return {}, 0
+    state = saved.read_arrays(str(folder), "optimizer")
+    if not export_t5x.is_adafactor(state):
+        return {}, 0
+    hashes = saved.read_metadata(folder).get("fingerprints", {})
+    saved.check_hashes(folder, hashes, one_by_one({f"optimizer/{path}": array for path, array in state.items()}))
+    return state, int(folder.name)

@@ -196,12 +196,12 @@ def hashes_of_params(metadata: dict[str, Any]) -> dict[str, int]:
     return {name.removeprefix("params/"): value for name, value in saved.items() if name.startswith("params/")}
 
 
-def read_arrays(path: str) -> dict[str, Array]:
-    """Opens the parameters of a checkpoint by their paths; nothing is read yet.
+def read_arrays(path: str, item: str = "params") -> dict[str, Array]:
+    """Opens the arrays of one item (`params`, `optimizer`) of a checkpoint by their paths; nothing is read yet.
 
     Raises InputError when there is none.
     """
-    where = str(locations.folder_of(*locations.locate(path)) / "params")
+    where = str(locations.folder_of(*locations.locate(path)) / item)
     return open_orbax(open_store(where), where)
 
 

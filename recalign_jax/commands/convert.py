@@ -1,4 +1,4 @@
-"""`recalign convert`: from a checkpoint of any format that is read to a Hugging Face folder or to one of our own."""
+"""`recalign convert`: from a checkpoint of any format that is read here to one that can be written."""
 
 import argparse
 import pathlib
@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vocabulary", metavar="PATH", help="SentencePiece model of the checkpoint (default: that of the run)"
     )
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of safetensors")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights that are written"
+    )
     parser.add_argument("--max_shard_size", type=float, default=5.0, metavar="GB", help="of a safetensors file")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at --output")
 
@@ -62,8 +64,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         terminal.next_step(
             "python", "-c", f"import transformers; transformers.T5ForConditionalGeneration.from_pretrained('{output}')"
         )
-    else:
+    elif args.to == RECALIGN:
         terminal.say(f"Next: recalign train ... --gin.INITIAL_CHECKPOINT={output}")
+    else:
+        [step] = output.glob("checkpoint_*")
+        terminal.say(f"Next: python -m t5x.train ... --gin.INITIAL_CHECKPOINT_PATH=\"'{step.absolute()}'\"")
     return {
         "parameters": count,
         "input_format": checkpoint.input_format,
