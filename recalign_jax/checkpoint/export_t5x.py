@@ -98,7 +98,9 @@ def _with_unused_rows(path: str, value: np.ndarray, config: T5Config) -> np.ndar
     return value
 
 
-def _statistics(path: str, shape: tuple[int, ...], stacked: bool, optimizer: Mapping[str, Array]) -> dict[str, Array]:
+def _statistics(
+    path: str, shape: tuple[int, ...], stacked: bool, optimizer: Mapping[str, Array]
+) -> dict[str, np.ndarray]:
     """Of the layers of one parameter, those that it has, by T5X's names."""
     layers, matrix = (shape[:1], shape[1:]) if stacked else ((), shape)
     # T5X's rows are the smaller dimension of a matrix, ours the first.
