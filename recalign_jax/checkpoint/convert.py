@@ -120,9 +120,8 @@ def convert(
 def _adafactor_state(checkpoint: Checkpoint) -> tuple[dict[str, Array], int]:
     """Adafactor's state by path, and the updates done, of a run that trained all parameters with it; else {} and 0."""
     folder = checkpoint.folder
-    if checkpoint.input_format != RECALIGN or folder is None or "base" in checkpoint.identity:
-        return {}, 0
-    if not (folder / "optimizer").exists():  # a converted model
+    has_adapters = "base" in checkpoint.identity
+    if checkpoint.input_format != RECALIGN or folder is None or has_adapters or not (folder / "optimizer").exists():
         return {}, 0
     state = saved.read_arrays(str(folder), "optimizer")
     if not export_t5x.is_adafactor(state):

@@ -14,11 +14,11 @@ from flax import serialization, traverse_util
 from recalign_jax.checkpoint import stacking, t5x
 from recalign_jax.checkpoint.arrays import Array, whole
 from recalign_jax.checkpoint.formats import TOKEN_AXES
+from recalign_jax.corpus.catalog import PAD_ID
 from recalign_jax.errors import InputError
 from recalign_jax.model.config import T5Config
 
 _CHUNK_ELEMENTS = 2**24  # of an array on disk
-_PAD = 0
 _ROW, _COLUMN = "v_row", "v_col"
 _STATISTICS = (_ROW, _COLUMN, "v", "m")
 _NONE = np.zeros(1, np.float32)  # T5X's for a statistic that a parameter has not
@@ -58,6 +58,7 @@ def write_step(
     """
     _check_is_t5xs(config)
     sources = t5x.sources(config)
+    moments, momentum = _below("moments", optimizer), _below("ema", optimizer)
 
     def layers(path: str, array: Array) -> Iterator[tuple[str, np.ndarray]]:
         return ((name, whole(layer)) for name, layer in stacking.split({path: array}, sources))
@@ -65,10 +66,15 @@ def write_step(
     target: dict[str, Any] = {}
     states: dict[str, Any] = {}
     for path, param in params.items():
+        stacked = int(sources[path].stacked)  # axes before those of one layer
         for name, layer in layers(path, _with_unused_rows(path, whole(param), config)):
             target[name] = _write_zarr(folder, f"target/{name}", layer.astype(dtype))
             states[name] = dict.fromkeys(_STATISTICS, _NONE)
-        for statistic, array in _statistics(path, param.shape, sources[path].stacked, optimizer).items():
+        if optimizer:
+            statistics = _statistics(path, param.shape[stacked:], moments, momentum)
+        else:
+            statistics = _before_first_update(param.shape[:stacked], param.shape[stacked:])
+        for statistic, array in statistics.items():
             for name, layer in layers(path, array):
                 place = f"state/param_states/{name}/{statistic}"
                 small = statistic in (_ROW, _COLUMN)
@@ -94,24 +100,28 @@ def _with_unused_rows(path: str, value: np.ndarray, config: T5Config) -> np.ndar
         return value
     value = value.copy()
     rows = np.moveaxis(value, TOKEN_AXES[path], 0)
-    rows[config.num_tokens :] = rows[_PAD]
+    rows[config.num_tokens :] = rows[PAD_ID]
     return value
 
 
+def _factors(matrix: tuple[int, ...]) -> tuple[str, str]:
+    """T5X's names of our row and our column: its rows are the smaller dimension of a matrix, ours the first."""
+    return (_ROW, _COLUMN) if sorted(matrix) == list(matrix) else (_COLUMN, _ROW)
+
+
+def _before_first_update(layers: tuple[int, ...], shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """The statistics of one parameter, of `shape` a layer, by T5X's names."""
+    if len(shape) == 2 and min(shape) >= _MIN_DIM_SIZE_TO_FACTOR:
+        sizes = zip(_factors(shape), shape, strict=True)
+        return {kind: np.zeros((*layers, size), np.float32) for kind, size in sizes}
+    return {"v": np.zeros(layers + shape, np.float32)}
+
+
 def _statistics(
-    path: str, shape: tuple[int, ...], stacked: bool, optimizer: Mapping[str, Array]
+    path: str, shape: tuple[int, ...], moments: Mapping[str, Array], momentum: Mapping[str, Array]
 ) -> dict[str, np.ndarray]:
-    """Of the layers of one parameter, those that it has, by T5X's names."""
-    layers, matrix = (shape[:1], shape[1:]) if stacked else ((), shape)
-    # T5X's rows are the smaller dimension of a matrix, ours the first.
-    first, second = (_ROW, _COLUMN) if sorted(matrix) == list(matrix) else (_COLUMN, _ROW)
-    if not optimizer:
-        if len(matrix) == 2 and min(matrix) >= _MIN_DIM_SIZE_TO_FACTOR:
-            return {
-                kind: np.zeros((*layers, size), np.float32) for kind, size in zip((first, second), matrix, strict=True)
-            }
-        return {"v": np.zeros(shape, np.float32)}
-    moments, momentum = _below("moments", optimizer), _below("ema", optimizer)
+    """Those that a parameter, of `shape` a layer, has in our Adafactor's state, by T5X's names."""
+    first, second = _factors(shape)
     found = {first: moments.get(f"{path}/row"), second: moments.get(f"{path}/column")}
     found |= {"v": moments.get(path), "m": momentum.get(path)}
     kept = {kind: whole(array) for kind, array in found.items() if array is not None}
